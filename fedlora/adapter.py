@@ -1,0 +1,213 @@
+"""What travels in a federation, and its algebra: factors, adapters, results of clients.
+
+Knows tensors and nothing else: no model, no rule, no file. `scaling` is multiplied here and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Part: TypeAlias = Literal["A", "B", "head"]
+PARTS: frozenset[Part] = frozenset({"A", "B", "head"})
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The low-rank increment of one layer, delta W = scaling * B @ A; W is m x n (out x in).
+
+    `scaling` is alpha / r, or alpha / sqrt(r) for rsLoRA. Raises ValueError where shapes do not
+    fit.
+    """
+
+    A: Float[Tensor, "r n"]
+    B: Float[Tensor, "m r"]
+    scaling: float
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+            raise ValueError(
+                f"A of shape {tuple(self.A.shape)} and B of shape {tuple(self.B.shape)} do not "
+                "make a product B @ A: A must be r x n and B must be m x r"
+            )
+        if not (math.isfinite(self.scaling) and self.scaling > 0):
+            raise ValueError(f"scaling must be a positive finite number, got {self.scaling!r}")
+
+    @property
+    def rank(self) -> int:
+        """r, the number of rows of A."""
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n), the shape of the layer's weight."""
+        return self.B.shape[0], self.A.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """A rule's answer with what it left out: the wanted increment is `factors` + `residual`."""
+
+    factors: Factors
+    residual: Factors
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """All that is trained: low-rank `layers` and fully trained `dense` tensors (the head)."""
+
+    layers: Mapping[str, Factors]
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class ClientState:
+    """What a client keeps for itself between rounds; it never leaves its owner.
+
+    `adapter` is the client's own adapter after its last round (source of the parts it trains but
+    does not share); `optimiser` holds the optimiser's tensors when they are kept.
+    """
+
+    adapter: Adapter | None = None
+    optimiser: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class ClientResult:
+    """What one client sends back after a round; `state` stays with the client in every engine."""
+
+    client: str
+    adapter: Adapter
+    examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    state: ClientState = field(default_factory=ClientState)
+
+
+# ---------------------------------------------------------------- the algebra of one layer
+
+
+def mean_factors(
+    clients: Sequence[Factors], weights: Float[Tensor, " k"], scaling: float
+) -> Factors:
+    """The weighted means of A and of B, apart: A = sum w_k A_k, B = sum w_k (s_k / s) B_k.
+
+    Not the mean of the increments: that is `mix`. Each client's s_k is folded into its B_k first.
+    All ranks must be equal (ValueError). `clients` may be lazy: it is read once, in order.
+    """
+    A: Tensor | None = None
+    B: Tensor | None = None
+    for weight, client in zip(weights, clients, strict=True):
+        if (
+            A is not None
+            and B is not None
+            and (A.shape, B.shape) != (client.A.shape, client.B.shape)
+        ):
+            raise ValueError(
+                f"a mean of factors needs equal ranks and shapes, got A {tuple(A.shape)}, "
+                f"B {tuple(B.shape)} beside A {tuple(client.A.shape)}, B {tuple(client.B.shape)}: "
+                "use a rule for mixed ranks (fra)"
+            )
+        term_A = weight * client.A
+        term_B = (weight * (client.scaling / scaling)) * client.B
+        A = term_A if A is None else A + term_A
+        B = term_B if B is None else B + term_B
+    if A is None or B is None:
+        raise ValueError("a mean of no clients is not defined: give at least one")
+    return Factors(A, B, scaling)
+
+
+def mix(clients: Iterable[Factors], weights: Iterable[Tensor | float], scaling: float) -> Factors:
+    """sum_k w_k s_k B_k A_k as stacked factors of rank sum r_k; exact, nothing is multiplied out.
+
+    A weight is a number, or a vector of length r_k that weighs each rank row of its client apart.
+    """
+    rows: list[Tensor] = []
+    columns: list[Tensor] = []
+    for weight, client in zip(weights, clients, strict=True):
+        rows.append(client.A)
+        columns.append(client.B * (weight * (client.scaling / scaling)))
+    if not rows:
+        raise ValueError("a mix of no clients is not defined: give at least one")
+    return Factors(torch.cat(rows), torch.cat(columns, dim=1), scaling)
+
+
+def inner(left: Factors, right: Factors) -> float:
+    """<delta W, delta W'> = s s' sum (B^T B') o (A A'^T) in O(r^2 (m + n)); wants float64."""
+    product = ((left.B.mT @ right.B) * (left.A @ right.A.mT)).sum()
+    return left.scaling * right.scaling * float(product)
+
+
+def frobenius(factors: Factors) -> float:
+    """||delta W||_F from the two r x r Gram matrices; delta W itself is never formed.
+
+    Where terms cancel, absolute accuracy is 1e-8 of the largest term (float64).
+    """
+    return math.sqrt(max(inner(factors, factors), 0.0))
+
+
+def rescaled(factors: Factors, scaling: float) -> Factors:
+    """The same increment written with another scaling (B takes the ratio)."""
+    return Factors(factors.A, factors.B * (factors.scaling / scaling), scaling)
+
+
+def increment(factors: Factors) -> Float[Tensor, "m n"]:
+    """delta W as a dense m x n matrix: for an exported merged model and for tests only."""
+    return factors.scaling * (factors.B @ factors.A)
+
+
+def converted(factors: Factors, dtype: torch.dtype, device: torch.device | str) -> Factors:
+    """The same factors in another dtype or on another device (tensors shared where equal)."""
+    return Factors(
+        factors.A.to(device=device, dtype=dtype),
+        factors.B.to(device=device, dtype=dtype),
+        factors.scaling,
+    )
+
+
+# ---------------------------------------------------------------- an adapter as named tensors
+
+
+def flatten(adapter: Adapter, parts: Iterable[Part] = PARTS) -> dict[str, Tensor]:
+    """The named tensors of the wanted parts, sorted by name: what a message or a file holds."""
+    wanted = frozenset(parts)
+    tensors: dict[str, Tensor] = {}
+    for name, factors in adapter.layers.items():
+        if "A" in wanted:
+            tensors[f"{name}.lora_A"] = factors.A
+        if "B" in wanted:
+            tensors[f"{name}.lora_B"] = factors.B
+    if "head" in wanted:
+        tensors.update(adapter.dense)
+    return dict(sorted(tensors.items()))
+
+
+def overlay(tensors: Mapping[str, Tensor], base: Adapter) -> Adapter:
+    """`base` with the named tensors in place of its own; the inverse of `flatten`.
+
+    Raises ValueError for a name that `base` does not have.
+    """
+    layers = {
+        name: Factors(
+            tensors.get(f"{name}.lora_A", factors.A),
+            tensors.get(f"{name}.lora_B", factors.B),
+            factors.scaling,
+        )
+        for name, factors in base.layers.items()
+    }
+    unknown = sorted(set(tensors) - set(flatten(base)))
+    if unknown:
+        raise ValueError(f"tensor {unknown[0]!r} belongs to no layer of this adapter")
+    dense = {name: tensors.get(name, tensor) for name, tensor in base.dense.items()}
+    return Adapter(layers, dense)
+
+
+def byte_count(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the arrays alone, without any envelope."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,245 @@
+"""What to run: frozen dataclasses, read from TOML, changed by `--set`, flat for the wire.
+
+One flat dict (`section.key` -> bool, int, float or str; lists and tables as JSON) is the same
+config for files, for overrides and for other engines. Checks values; opens no file but the config.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeAlias, get_origin, get_type_hints
+
+from fedlora.rules import Option, get_rule
+from fedlora.settings import (
+    ClientSettings,
+    DataSettings,
+    EvaluateSettings,
+    MergeSettings,
+    ModelSettings,
+    PartitionSettings,
+    RunSettings,
+)
+
+Flat: TypeAlias = dict[str, bool | int | float | str]
+
+LOCAL_ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run's result, section by section."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    partition: PartitionSettings = field(default_factory=PartitionSettings)
+    client: ClientSettings = field(default_factory=ClientSettings)
+    merge: MergeSettings = field(default_factory=MergeSettings)
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+
+    def flat(self) -> Flat:
+        """`section.key` -> value, lists and tables as JSON: the form for the wire."""
+        return {
+            f"{section.name}.{key.name}": _to_flat(getattr(getattr(self, section.name), key.name))
+            for section in fields(self)
+            for key in fields(getattr(self, section.name))
+        }
+
+    def toml(self) -> str:
+        """The whole config as TOML that `load_config` reads back to an equal one."""
+        lines: list[str] = []
+        for section in fields(self):
+            values = getattr(self, section.name)
+            lines += [f"[{section.name}]"]
+            lines += [
+                f"{key.name} = {_to_toml(getattr(values, key.name))}" for key in fields(values)
+            ]
+            lines += [""]
+        return "\n".join(lines)
+
+
+def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
+    """Reads a TOML file and applies `section.key=value` overrides; ValueError says what is wrong.
+
+    Relative paths of data and model in the file are meant from the file's folder, those in
+    overrides from the working directory.
+    """
+    source = Path(path)
+    try:
+        tables = tomllib.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the config {source}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source} is not valid TOML: {error}") from error
+    flat: dict[str, Any] = {}
+    for section, values in tables.items():
+        _known(section, _SECTIONS, "section")
+        if not isinstance(values, dict):
+            raise ValueError(f"[{section}] in {source} must be a table")
+        flat |= {f"{section}.{key}": value for key, value in values.items()}
+    return make_config(_anchored(flat, source.parent) | parse_overrides(overrides))
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """`["run.seed=3", ...]` as a flat dict, values still text; ValueError for one without `=`."""
+    flat: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"--set {override!r} has no '=': write section.key=value")
+        flat[key.strip()] = value.strip()
+    return flat
+
+
+def make_config(flat: Mapping[str, Any]) -> Config:
+    """A checked config from flat keys; values may be text (from a command line) or typed.
+
+    ValueError for an unknown key (with the nearest), a wrong type, a value out of range, a bad
+    rule.
+    """
+    sections: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
+    for key, value in flat.items():
+        section, _, name = key.partition(".")
+        table, _, entry = name.partition(".")
+        if section in _SECTIONS and entry and _HINTS[section].get(table) in _TABLES:
+            sections[section].setdefault(table, {})[entry] = _parsed_option(value)
+            continue
+        _known(key, [f"{s}.{f}" for s in _SECTIONS for f in _HINTS[s]], "setting")
+        sections[section][name] = _coerced(key, value, _HINTS[section][name])
+    config = Config(**{name: _SECTIONS[name](**values) for name, values in sections.items()})
+    _check(config)
+    return config
+
+
+_SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in fields(Config)}
+_HINTS: dict[str, dict[str, Any]] = {name: get_type_hints(kind) for name, kind in _SECTIONS.items()}
+_TABLES = (dict[str, str], dict[str, Option])
+
+
+def _known(name: str, known: Iterable[str], kind: str) -> None:
+    names = list(known)
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"`fedlora config` lists every {kind}"
+        raise ValueError(f"unknown {kind} {name!r}; {hint}")
+
+
+def _coerced(key: str, value: Any, kind: Any) -> Any:
+    """The value as its setting's type; text is parsed, wrong types are refused with the place."""
+    wanted = get_origin(kind) or kind
+    problem = ValueError(f"{key} = {value!r} is not {_READABLE[wanted]}")
+    if isinstance(value, str) and wanted is not str:
+        try:
+            if wanted is list and not value.startswith("["):
+                value = [part for part in value.split(",") if part]
+            else:
+                value = json.loads(value)
+        except json.JSONDecodeError:
+            raise problem from None
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise problem
+    if kind == list[str] and not all(isinstance(entry, str) for entry in value):
+        value = [entry if isinstance(entry, str) else json.dumps(entry) for entry in value]
+    if kind == dict[str, str] and not all(isinstance(entry, str) for entry in value.values()):
+        raise problem
+    return value
+
+
+_READABLE = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes",
+    list: "a list, such as [\"a\", \"b\"]", dict: "a table, such as {a = \"x\"}",
+}  # fmt: skip
+
+
+def _parsed_option(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        return value
+
+
+def _check(config: Config) -> None:
+    for section in fields(config):
+        values = getattr(config, section.name)
+        for key in fields(values):
+            _in_range(f"{section.name}.{key.name}", getattr(values, key.name), key.metadata)
+    try:
+        get_rule(config.merge.rule, **config.merge.options)
+    except ValueError as error:
+        raise ValueError(f"merge.rule: {error}") from None
+    if config.partition.by == "shares" and len(config.partition.shares) != config.partition.clients:
+        raise ValueError(
+            f"partition.shares lists {len(config.partition.shares)} clients, "
+            f"partition.clients is {config.partition.clients}: give one list of shares per client"
+        )
+    if config.partition.by == "column" and not config.partition.column:
+        raise ValueError("partition.by = 'column' needs partition.column, the column's name")
+    if config.data.label_names and len(config.data.label_names) != len(config.data.labels):
+        raise ValueError(
+            f"data.label_names has {len(config.data.label_names)} names for "
+            f"{len(config.data.labels)} data.labels: give one name per label, in the same order"
+        )
+    if config.run.save_best and config.data.holdout == 0:
+        raise ValueError(
+            "run.save_best needs data.holdout above 0: it chooses on held-out training rows"
+        )
+
+
+def _in_range(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    choices = metadata["choices"]
+    if choices and value not in choices:
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{key} = {value!r} is not one of {', '.join(choices)}{hint}")
+    if not isinstance(value, int | float):
+        return
+    low, high, above = metadata["low"], metadata["high"], metadata["above"]
+    if (
+        not math.isfinite(value)
+        or (low is not None and value < low)
+        or (high is not None and value > high)
+        or (above is not None and value <= above)
+    ):
+        least = f"above {above}" if above is not None else f"at least {low}"
+        most = f" and at most {high}" if high is not None else ""
+        raise ValueError(f"{key} = {value!r} is out of range: it must be {least}{most}")
+
+
+def _anchored(flat: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Relative paths of the file made absolute, from the file's own folder."""
+
+    def anchor(value: Any) -> Any:
+        if isinstance(value, str) and value.lower().endswith(LOCAL_ENDINGS):
+            return str((folder / value).resolve())
+        return value
+
+    anchored = dict(flat)
+    for key in ("data.train", "data.evaluate"):
+        if key in flat:
+            anchored[key] = anchor(flat[key])
+    if isinstance(flat.get("data.clients"), dict):
+        anchored["data.clients"] = {k: anchor(v) for k, v in flat["data.clients"].items()}
+    name = flat.get("model.name")
+    if isinstance(name, str) and (folder / name).is_dir():
+        anchored["model.name"] = str((folder / name).resolve())
+    return anchored
+
+
+def _to_flat(value: Any) -> bool | int | float | str:
+    return json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def _to_toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_to_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_to_toml(entry) for entry in value) + "]"
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,181 @@
+"""The best rank-r approximation of an increment that is given as factors, without forming it.
+
+Two routes: `gram` (two R x R Gram matrices in float64, the fast one) and `qr` (QR of both stacks,
+the one that is orthonormal and exact to the last digits). Knows Factors and linear algebra only.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedlora.adapter import Factors, Merged, rescaled
+
+Gauge: TypeAlias = Literal["balanced", "orthonormal"]
+Route: TypeAlias = Literal["auto", "gram", "qr"]
+
+GRAM_FLOOR = 1e-7  # singular values below this share of the largest are noise in a Gram matrix
+CANCELLED = 1e-5  # below this share of the terms' size the sum has cancelled: take the QR route
+EPSILON = torch.finfo(torch.float64).eps
+
+
+def truncate(
+    factors: Factors,
+    rank: int,
+    *,
+    gauge: Gauge = "balanced",
+    previous: Factors | None = None,
+    route: Route = "auto",
+) -> Factors:
+    """The nearest increment of rank <= `rank` in Frobenius norm (Eckart-Young), as float64 factors.
+
+    Gauge `balanced`: sqrt(S) on both factors; `orthonormal`: A = V^T, B = U S. The result always
+    has
+    `rank` rows: where the increment has fewer directions, B's columns are zero and A's rows come
+    from
+    `previous`, made orthogonal to the new ones, so that they can train again (zero without
+    `previous`). O((m + n) R^2) for factors of rank R. Route `auto` takes `gram`, and `qr` where
+    the terms cancel or an orthonormal basis is promised. ValueError for a bad rank, gauge or route.
+    """
+    _check(factors, rank, gauge)
+    if gauge == "orthonormal" and route == "auto":
+        route = "qr"
+    U, S, Vh = _svd(factors, rank, route)
+    return _fill(_gauged(U, S, Vh, factors.scaling, gauge), rank, previous)
+
+
+def split(
+    factors: Factors,
+    rank: int,
+    *,
+    gauge: Gauge = "balanced",
+    previous: Factors | None = None,
+) -> Merged:
+    """`truncate` together with the tail of the same decomposition as residual (nothing subtracted).
+
+    Takes the QR route, so that factors + residual is the increment to 1e-15.
+    """
+    _check(factors, rank, gauge)
+    U, S, Vh = _svd(factors, factors.rank, "qr")
+    head = _gauged(U[:, :rank], S[:rank], Vh[:rank], factors.scaling, gauge)
+    tail = _gauged(U[:, rank:], S[rank:], Vh[rank:], factors.scaling, "balanced")
+    return Merged(_fill(head, rank, previous), tail)
+
+
+def singular_values(factors: Factors) -> Float[Tensor, " p"]:
+    """The singular values of the increment in falling order, by the QR route; no zeros."""
+    return _qr_svd(rescaled(factors, 1.0), factors.rank)[1]
+
+
+def _check(factors: Factors, rank: int, gauge: Gauge) -> None:
+    if not 1 <= rank <= min(factors.shape):
+        m, n = factors.shape
+        raise ValueError(f"rank {rank} is outside 1..{min(m, n)} of a layer of shape {m} x {n}")
+    if gauge not in get_args(Gauge):
+        raise ValueError(f"unknown gauge {gauge!r}; known are {', '.join(get_args(Gauge))}")
+
+
+def _svd(factors: Factors, rank: int, route: Route) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m x p), S (p), V^T (p x n) of the increment with p <= rank, signs fixed, all float64."""
+    unit = rescaled(Factors(factors.A.double(), factors.B.double(), factors.scaling), 1.0)
+    if not (bool(torch.isfinite(unit.A).all()) and bool(torch.isfinite(unit.B).all())):
+        raise ValueError("the factors hold NaN or Inf: a merge of them is not defined")
+    if route not in get_args(Route):
+        raise ValueError(f"unknown route {route!r}; known are {', '.join(get_args(Route))}")
+    if route == "qr":
+        return _signed(*_qr_svd(unit, rank))
+    U, S, Vh, cancelled = _gram_svd(unit, rank)
+    if cancelled and route == "auto":
+        U, S, Vh = _qr_svd(unit, rank)
+    return _signed(U, S, Vh)
+
+
+def _gram_svd(unit: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """The SVD of B A from G_B = B^T B and G_A = A A^T; also says whether the terms cancelled.
+
+    With G_B = L L^T and L^T G_A L = Q S^2 Q^T: V^T = (L Q / S)^T A and U = B G_A (L Q / S) / S,
+    once the rank rows are balanced (|b_i| = |a_i|) so that scales between 1e-18 and 1e15 do no
+    harm.
+    """
+    length_b, length_a = unit.B.norm(dim=0), unit.A.norm(dim=1)
+    kept = (length_b > 0) & (length_a > 0)
+    if not bool(kept.any()):
+        return (*_nothing(unit), False)
+    A, B = unit.A[kept], unit.B[:, kept]
+    d = (length_a[kept] / length_b[kept]).sqrt()
+    gram_b = _gram(B.mT) * d * d[:, None]
+    gram_a = _gram(A) / d / d[:, None]
+    L, failed = torch.linalg.cholesky_ex(gram_b)
+    if bool(failed):
+        values, vectors = torch.linalg.eigh(gram_b)
+        L = vectors * values.clamp(min=0).sqrt()
+    squares, Q = torch.linalg.eigh(L.mT @ gram_a @ L)
+    S = squares.flip(0).clamp(min=0).sqrt()
+    size = float((length_a * length_b).sum())
+    floor = max(GRAM_FLOOR * float(S[0]), EPSILON * size)
+    count = min(rank, int(torch.count_nonzero(floor < S)))
+    S, P = S[:count], (L @ Q.flip(1)[:, :count]) / S[:count]
+    U = B @ ((gram_a @ P) / S * d[:, None])
+    Vh = (P / d[:, None]).mT @ A
+    return U, S, Vh, count == 0 or float(S[0]) < CANCELLED * size
+
+
+def _qr_svd(unit: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of B A by QR of both factors and a small SVD: relative error 1e-15, no squares."""
+    Q_b, R_b = torch.linalg.qr(unit.B)
+    Q_a, R_a = torch.linalg.qr(unit.A.mT)
+    U, S, Vh = torch.linalg.svd(R_b @ R_a.mT, full_matrices=False)
+    size = float((unit.B.norm(dim=0) * unit.A.norm(dim=1)).sum())
+    count = min(rank, int(torch.count_nonzero(EPSILON * size < S)))
+    return Q_b @ U[:, :count], S[:count], Vh[:count] @ Q_a.mT
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """rows @ rows^T; on the CPU by NumPy, whose symmetric product is 1.6x as fast."""
+    if rows.device.type == "cpu":
+        array = rows.numpy()
+        return torch.from_numpy(array @ array.T)
+    return rows @ rows.mT
+
+
+def _nothing(unit: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of a zero increment: no directions at all."""
+    return unit.B[:, :0], unit.B.new_zeros(0), unit.A[:0]
+
+
+def _signed(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Fixes each pair's free sign: the largest entry of every left vector is positive."""
+    if S.numel() == 0:
+        return U, S, Vh
+    largest = U.abs().argmax(dim=0)
+    signs = U.gather(0, largest[None])[0].sign()
+    return U * signs, S, Vh * signs[:, None]
+
+
+def _gauged(U: Tensor, S: Tensor, Vh: Tensor, scaling: float, gauge: Gauge) -> Factors:
+    """U S V^T written as scaling * B @ A in the wanted gauge."""
+    if gauge == "orthonormal":
+        return rescaled(Factors(Vh, U * S, 1.0), scaling)
+    root = (S / scaling).sqrt()
+    return Factors(root[:, None] * Vh, U * root, scaling)
+
+
+def _fill(factors: Factors, rank: int, previous: Factors | None) -> Factors:
+    """Adds rows up to `rank`: the previous ones with the longest part outside the new ones."""
+    missing = rank - factors.rank
+    if missing <= 0:
+        return factors
+    m, n = factors.shape
+    rows = factors.A.new_zeros(missing, n)
+    if previous is not None:
+        basis = torch.linalg.qr(factors.A.mT)[0]
+        free = previous.A.to(factors.A)
+        free = free - (free @ basis) @ basis.mT
+        longest = free.norm(dim=1).argsort(descending=True, stable=True)[:missing].sort().values
+        rows[: longest.numel()] = free[longest]
+    A = torch.cat([factors.A, rows])
+    B = torch.cat([factors.B, factors.B.new_zeros(m, missing)], dim=1)
+    return Factors(A, B, factors.scaling)

@@ -1,0 +1,194 @@
+"""The registry of merge rules: one file per rule, a pure function of one layer plus attributes.
+
+A rule sees `Factors` only: no model, no file, no other layer. Every module in this folder is read
+at import, so that a new file is a new rule, in the command line, the docs and the tests at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Adapter, ClientResult, Factors, Merged, Part
+
+Claim: TypeAlias = Literal[True] | str  # a law that holds, or the sentence why it does not
+Option: TypeAlias = str | int | float | bool | None
+Merge: TypeAlias = Callable[..., Factors | Merged]
+Planner: TypeAlias = Callable[[int, Mapping[str, float]], "Plan"]
+Reweigh: TypeAlias = Callable[[Adapter, Sequence[ClientResult], Tensor], Tensor]
+
+LAWS: Mapping[str, str] = {
+    "exact": "adapter + residual is the weighted mean of the increments",
+    "linear": "every factor of the result is a weighted sum of the clients' factors",
+    "mixed_ranks": "clients may send different ranks",
+    "equivariant": "turning every increment (P dW Q^T) turns the result alike",
+    "weighted": "a client with all the weight decides",
+    "idempotent": "identical clients come back",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who moves which parts in one round: what clients train, what they send, what they are sent.
+
+    What a client trains and does not share it keeps for itself; what it is not sent it takes from
+    the common, seeded start (so `receives` may leave out only what never changes).
+    """
+
+    trains: frozenset[Part]
+    shares: frozenset[Part]
+    receives: frozenset[Part] = frozenset({"A", "B"})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A merge rule with its options bound: `rule(prev, clients, weights)` merges one layer."""
+
+    name: str
+    merge: Merge
+    plan: Planner
+    laws: Mapping[str, Claim]
+    reweigh: Reweigh | None = None
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+    def __call__(
+        self, prev: Factors, clients: Sequence[Factors], weights: Sequence[float] | Tensor
+    ) -> Factors | Merged:
+        """Merges what the clients sent for one layer; one weight per client, their sum one."""
+        checked = checked_weights(weights, len(clients))
+        return self.merge(prev, clients, checked, **self.options)
+
+    @property
+    def doc(self) -> str:
+        """The docstring of the rule's file: formula, source, what it keeps and loses, cost, DP."""
+        return inspect.getdoc(sys.modules[self.merge.__module__]) or ""
+
+
+_RULES: dict[str, Rule] = {}
+
+
+def rule(
+    *,
+    trains: Iterable[Part] = ("A", "B"),
+    receives: Iterable[Part] = ("A", "B"),
+    plan: Planner | None = None,
+    reweigh: Reweigh | None = None,
+    **laws: Claim,
+) -> Callable[[Merge], Merge]:
+    """Registers a one-layer function `f(prev, clients, weights, *, options...)` under its own name.
+
+    Each law of `LAWS` is claimed with True or declined with the sentence why. `trains` is what
+    clients train and share in every round and `receives` what they are sent; `plan(round, memory)`
+    replaces both where rounds differ. `reweigh(previous, results, weights)` may replace the
+    weights, seeing all layers.
+    """
+    if set(laws) != set(LAWS):
+        raise TypeError(
+            f"a rule takes a stand on each law: {', '.join(LAWS)}; got {', '.join(laws)}"
+        )
+    fixed = Plan(frozenset(trains), frozenset(trains), frozenset(receives))
+
+    def same_plan(round: int, memory: Mapping[str, float]) -> Plan:
+        return fixed
+
+    def register(merge: Merge) -> Merge:
+        name = merge.__name__
+        if name in _RULES:
+            raise ValueError(
+                f"rule {name!r} is there already, from {_RULES[name].merge.__module__}"
+            )
+        _RULES[name] = Rule(name, merge, plan or same_plan, laws, reweigh)
+        return merge
+
+    return register
+
+
+def rule_names() -> list[str]:
+    """The names of all rules, sorted."""
+    _discover()
+    return sorted(_RULES)
+
+
+def get_rule(name: str, **options: Option) -> Rule:
+    """The rule of that name, options bound; ValueError names near misses and known options."""
+    _discover()
+    if name not in _RULES:
+        raise ValueError(
+            f"unknown rule {name!r}{_near(name, _RULES)}; known are {', '.join(rule_names())}"
+        )
+    found = _RULES[name]
+    known = option_types(found)
+    for key, value in options.items():
+        if key not in known:
+            listed = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise ValueError(f"rule {name!r} has no option {key!r}{_near(key, known)}; {listed}")
+        if not _fits(value, known[key]):
+            raise ValueError(
+                f"option {key!r} of rule {name!r} is {value!r}, expected {described(known[key])}"
+            )
+    return replace(found, options=dict(sorted(options.items())))
+
+
+def option_types(rule: Rule) -> dict[str, Any]:
+    """The names and annotations of a rule's options: the keyword-only arguments of its function."""
+    hints = get_type_hints(rule.merge)
+    parameters = inspect.signature(rule.merge).parameters.values()
+    return {p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def described(annotation: Any) -> str:
+    """An annotation as a user reads it: `one of 'a', 'b'`, `int or None`."""
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(repr(value) for value in get_args(annotation))
+    if get_args(annotation):
+        return " or ".join(described(part) for part in get_args(annotation))
+    return "None" if annotation is type(None) else str(annotation.__name__)
+
+
+def checked_weights(weights: Sequence[float] | Tensor, clients: int) -> Tensor:
+    """The weights as a float64 vector; ValueError unless one per client, >= 0, of sum one."""
+    given = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+    for value in given:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"weight {value!r} is not a number")
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"weight {value!r} is not a finite number >= 0")
+    if len(given) != clients:
+        raise ValueError(f"{len(given)} weights for {clients} clients: give one per client")
+    if not math.isclose(math.fsum(given), 1.0, rel_tol=1e-9):
+        raise ValueError(
+            f"the weights sum to {math.fsum(given):.9g}, not to 1: divide by their sum"
+        )
+    return torch.tensor(given, dtype=torch.float64)
+
+
+def _fits(value: Option, annotation: Any) -> bool:
+    if get_origin(annotation) is Literal:
+        return value in get_args(annotation)
+    if get_args(annotation):
+        return any(_fits(value, part) for part in get_args(annotation))
+    if isinstance(value, bool):
+        return annotation is bool
+    if annotation is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, annotation)
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _discover() -> None:
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")

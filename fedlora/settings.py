@@ -1,0 +1,178 @@
+"""The settings of a run, section by section: names, defaults, one-line help, allowed values.
+
+Data only; `fedlora.config` reads, checks and flattens them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedlora.rules import Option
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A field of a config section: its default, its one-line help, and what values it takes."""
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The run as a whole."""
+
+    name: str = setting("run", "name of the run; its directory is runs/<name> unless out is set")
+    mode: str = setting(
+        "federated",
+        "federated; or a reference: central (data pooled), local (each client alone)",
+        choices=("federated", "central", "local"),
+    )
+    seed: int = setting(0, "the one seed, from which every random stream is derived by name", low=0)
+    rounds: int = setting(10, "rounds of send, train, merge", low=1)
+    out: str = setting("", "run directory; must not exist yet")
+    device: str = setting(
+        "auto",
+        "where to compute; auto takes cuda, then mps, then cpu",
+        choices=("auto", "cuda", "mps", "cpu"),
+    )
+    precision: str = setting(
+        "auto",
+        "of the frozen base: auto is bfloat16 on GPUs that have it, float32 elsewhere",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    threads: int = setting(
+        0, "threads within one operation on the CPU; 0 leaves the choice to torch", low=0
+    )
+    save_best: bool = setting(False, "also keep the best adapter, chosen on held-out training rows")
+    save_merged: bool = setting(False, "also write the base model with the final adapter merged in")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The base model and its adapter."""
+
+    name: str = setting(
+        "builtin:minilm", "hub name or local folder of a sequence-classification model"
+    )
+    revision: str = setting("", "revision of a hub model")
+    rank: int = setting(8, "r, the rank of the adapter", low=1)
+    alpha: float = setting(16.0, "LoRA's alpha; delta W = alpha / r * B A", above=0)
+    rslora: bool = setting(False, "scale by alpha / sqrt(r) instead")
+    dropout: float = setting(0.0, "dropout before A", low=0, high=0.999)
+    targets: list[str] = setting(
+        [], "modules that get an adapter; empty takes PEFT's for the architecture"
+    )
+    pad_token: str = setting("", "padding token for a model that has none")
+    trust_remote_code: bool = setting(
+        False, "run code that comes with the model; only if you read it"
+    )
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Texts, labels and the evaluation set."""
+
+    train: str = setting(
+        "builtin:reviews", "file or hub name (glue/sst2) to partition over the clients"
+    )
+    clients: dict[str, str] = setting(
+        {}, "one file per client instead: {hospital-a = 'a.csv', ...}"
+    )
+    evaluate: str = setting(
+        "", "shared evaluation set; empty: the built-in or hub set's own, else none"
+    )
+    text: str = setting("", "column of the text; empty guesses among the usual names")
+    pair: str = setting("", "column of the second text, for pairs")
+    label: str = setting("", "column of the label; empty guesses")
+    labels: list[str] = setting(
+        [], "the labels in the order of their ids; empty: sorted, from one file"
+    )
+    label_names: list[str] = setting([], "names to show for the labels, in the same order")
+    max_length: int = setting(128, "longest input in tokens; the rest is cut", low=4)
+    holdout: float = setting(
+        0.1, "share of each client's rows held out of its training", low=0, high=0.9
+    )
+    limit: int = setting(0, "use at most so many training rows, drawn by the seed; 0: all", low=0)
+    quoting: str = setting(
+        "auto",
+        "of csv and tsv; auto: csv quoted, tsv not (GLUE's way)",
+        choices=("auto", "none", "quoted"),
+    )
+
+
+@dataclass(frozen=True)
+class PartitionSettings:
+    """Who gets which rows of a single training file."""
+
+    by: str = setting(
+        "iid",
+        "iid, label shares, Dirichlet, or a column",
+        choices=("iid", "shares", "dirichlet", "column"),
+    )
+    clients: int = setting(3, "number of clients (by column: as many as values)", low=1)
+    shares: list[list[float]] = setting([], "by shares: one list per client, one share per label")
+    alpha: float = setting(0.5, "by dirichlet: small is skewed", above=0)
+    column: str = setting("", "by column: its name")
+
+
+@dataclass(frozen=True)
+class ClientSettings:
+    """Local training, the same on every client."""
+
+    steps: int = setting(20, "optimiser steps a round", low=1)
+    epochs: float = setting(0.0, "passes over the client's rows a round, instead of steps", low=0)
+    batch: int = setting(32, "examples a step", low=1)
+    lr: float = setting(1e-3, "peak learning rate of AdamW", above=0)
+    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", low=0)
+    clip: float = setting(1.0, "largest gradient norm; 0: no clipping", low=0)
+    schedule: str = setting(
+        "linear",
+        "course of the learning rate over the whole run",
+        choices=("constant", "linear", "cosine"),
+    )
+    warmup: float = setting(
+        0.0, "share of the whole run in which the rate climbs, once", low=0, high=1
+    )
+    round_warmup: int = setting(
+        0, "first steps of every round in which the rate climbs again", low=0
+    )
+    optimiser: str = setting(
+        "reset",
+        "AdamW's moments from round to round (references always keep)",
+        choices=("reset", "keep"),
+    )
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """What the server makes of the adapters."""
+
+    rule: str = setting("fra", "merge rule; `fedlora rules` lists them")
+    options: dict[str, Option] = setting({}, "options of the rule, such as {gauge = 'orthonormal'}")
+    weights: str = setting("examples", "weights of the clients", choices=("examples", "uniform"))
+    head: str = setting(
+        "average",
+        "the classifier head: averaged, frozen at its start, or kept local",
+        choices=("average", "freeze", "local"),
+    )
+    participation: float = setting(1.0, "share of the clients in a round", above=0, high=1)
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """When and on how much to evaluate."""
+
+    every: int = setting(1, "evaluate every so many rounds, and always in the last", low=1)
+    limit: int = setting(0, "rows of the fixed, seeded subset before the last round; 0: all", low=0)
+    batch: int = setting(64, "examples a forward pass", low=1)
+    clients: bool = setting(True, "evaluate each client's own adapter too, after local training")
