@@ -38,7 +38,7 @@ def by_shares(
                 f"client {client} has {len(share)} label shares, the data has {len(by_label)} labels"
             )
         if min(share) < 0 or not math.isclose(math.fsum(share), 1.0, abs_tol=1e-6):
-            raise ValueError(f"client {client}: shares {list(share)} must be >= 0 and sum to 1")
+            raise ValueError(f"client {client}: shares {list(share)} must be >= 0 with sum 1")
     wanted = np.array(list(shares.values()), dtype=np.float64)
     supply = np.array([rows.size for rows in by_label.values()], dtype=np.float64)
     demand = wanted.sum(axis=0)
