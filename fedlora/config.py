@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeAlias, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, get_origin, get_type_hints
 
 from fedlora.rules import Option, get_rule
 from fedlora.settings import (
@@ -133,6 +133,8 @@ def _known(name: str, known: Iterable[str], kind: str) -> None:
 def _coerced(key: str, value: Any, kind: Any) -> Any:
     """The value as its setting's type; text is parsed, wrong types are refused with the place."""
     wanted = get_origin(kind) or kind
+    if wanted is Literal:
+        wanted = str
     problem = ValueError(f"{key} = {value!r} is not {_READABLE[wanted]}")
     if isinstance(value, str) and wanted is not str:
         try:

@@ -6,7 +6,7 @@ Data only; `fedlora.config` reads, checks and flattens them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fedlora.rules import Option
 
@@ -123,6 +123,9 @@ class PartitionSettings:
     shares: list[list[float]] = setting([], "by shares: one list per client, one share per label")
     alpha: float = setting(0.5, "by dirichlet: small is skewed", above=0)
     column: str = setting("", "by column: its name")
+    single_class: str = setting(
+        "refuse", "what to do about a client whose rows have one label", choices=("refuse", "allow")
+    )
 
 
 @dataclass(frozen=True)
@@ -159,8 +162,10 @@ class MergeSettings:
 
     rule: str = setting("fra", "merge rule; `fedlora rules` lists them")
     options: dict[str, Option] = setting({}, "options of the rule, such as {gauge = 'orthonormal'}")
-    weights: str = setting("examples", "weights of the clients", choices=("examples", "uniform"))
-    head: str = setting(
+    weights: Literal["examples", "uniform"] = setting(
+        "examples", "weights of the clients", choices=("examples", "uniform")
+    )
+    head: Literal["average", "freeze", "local"] = setting(
         "average",
         "the classifier head: averaged, frozen at its start, or kept local",
         choices=("average", "freeze", "local"),

@@ -28,12 +28,16 @@ Fit: TypeAlias = Callable[[str, int, Plan, Adapter, ClientState], ClientResult]
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """One finished round: the new state, what came back, and what it cost (bytes, seconds)."""
+    """One finished round: the new state, what came back, and what it cost (bytes, seconds).
+
+    `personal` is each client's personal adapter, the global one with the parts that it trains but
+    does not share in place; empty where nothing is personal.
+    """
 
     round: int
     state: ServerState
     results: list[ClientResult]
-    plan: Plan
+    personal: dict[str, Adapter]
     bytes_up: int
     bytes_down: int
     seconds_aggregate: float
@@ -58,7 +62,7 @@ def simulate(
     dict here.
     """
     state = ServerState(start)
-    kept: dict[str, ClientState] = {}
+    states: dict[str, ClientState] = {}
     for round in range(1, rounds + 1):
         plan = plan_round(rule, head, state, round)
         down = downlink(state, plan)
@@ -66,12 +70,17 @@ def simulate(
         results: list[ClientResult] = []
         up = 0
         for client in sample_clients(clients, participation, seed, round):
-            result = fit(client, round, plan, sent, kept.get(client, ClientState()))
-            kept[client] = result.state
+            result = fit(client, round, plan, sent, states.get(client, ClientState()))
+            states[client] = result.state
             shared = flatten(result.adapter, plan.shares)
             up += byte_count(shared)
             results.append(replace(result, adapter=receive(client, shared, sent, plan)))
         began = perf_counter()
         state = aggregate(rule, state, results, round, weighting=weighting)
         elapsed = perf_counter() - began
-        yield Round(round, state, results, plan, up, byte_count(down) * len(results), elapsed)
+        personal = {
+            client: overlay(flatten(own.adapter, plan.trains - plan.shares), state.adapter)
+            for client, own in sorted(states.items())
+            if own.adapter is not None
+        }
+        yield Round(round, state, results, personal, up, byte_count(down) * len(results), elapsed)

@@ -1,0 +1,242 @@
+"""A client's half of a round: put the adapter in, train it on the client's own rows, give it back.
+
+`make_fit` closes over the shared base model; what `fit` returns depends on its arguments and the
+config alone, never on which client ran before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedlora.adapter import Adapter, ClientResult, ClientState, flatten, overlay
+from fedlora.config import Config
+from fedlora.data import Data
+from fedlora.evaluate import Scores, autocast, evaluate
+from fedlora.model import Model, read_adapter, train_only, write_adapter
+from fedlora.partition import Rows
+from fedlora.rules import Plan
+from fedlora.seeding import derive, numpy_generator
+from fedlora.settings import ClientSettings
+from fedlora.simulate import Fit
+
+POOL = 50  # batches that are sorted by length together
+
+
+def make_fit(model: Model, data: Data, config: Config) -> Fit:
+    """The training of one client in one round, for `simulate` and for every other engine.
+
+    Raises ValueError, naming the client, where the loss or the weights cease to be finite.
+    """
+
+    def fit(
+        client: str, round: int, plan: Plan, adapter: Adapter, state: ClientState
+    ) -> ClientResult:
+        kept_parts = plan.trains - plan.shares
+        if state.adapter is not None:
+            adapter = overlay(flatten(state.adapter, kept_parts), adapter)
+        write_adapter(model, adapter)
+        with torch.random.fork_rng(_cuda_index(model)):
+            torch.manual_seed(derive(config.run.seed, "client", client, round))
+            training = _train(model, data, config, client, round, plan, state)
+        trained = read_adapter(model)
+        if not math.isfinite(training.metrics["train_loss"]):
+            raise ValueError(
+                f"client {client}: training diverged in round {round} (loss "
+                f"{training.metrics['train_loss']}): lower client.lr, now {config.client.lr}"
+            )
+        return ClientResult(
+            client,
+            trained,
+            len(data.rows[client]),
+            training.metrics | _own_scores(model, data, config, client, round),
+            ClientState(trained if kept_parts else None, training.optimiser),
+        )
+
+    return fit
+
+
+def steps_per_round(settings: ClientSettings, rows: int) -> int:
+    """Optimiser steps of a client with so many rows: `steps`, or enough for `epochs` passes."""
+    if settings.epochs == 0:
+        return settings.steps
+    return max(1, round(settings.epochs * math.ceil(rows / settings.batch)))
+
+
+def learning_rate(
+    settings: ClientSettings, round: int, rounds: int, step: int, steps: int
+) -> float:
+    """The rate at `step` (from 0) of `round` (from 1).
+
+    One course over the whole run, whatever is done to the optimiser in between: a climb over the
+    first
+    `warmup` of it, then `schedule` down to zero; times a short climb in the first `round_warmup`
+    steps of each round, if asked for.
+    """
+    begun = (round - 1 + step / steps) / rounds
+    ended = (round - 1 + (step + 1) / steps) / rounds
+    if ended <= settings.warmup:
+        course = ended / settings.warmup
+    elif settings.schedule == "constant":
+        course = 1.0
+    else:
+        passed = max(0.0, begun - settings.warmup) / (1 - settings.warmup)
+        course = (
+            1 - passed if settings.schedule == "linear" else (1 + math.cos(math.pi * passed)) / 2
+        )
+    climb = min(1.0, (step + 1) / (settings.round_warmup + 1))
+    return settings.lr * course * climb
+
+
+def batches(
+    rows: Rows, lengths: Rows, batch: int, seed: int, client: str, first: int
+) -> Iterator[Rows]:
+    """The client's endless stream of batches from number `first` on.
+
+    Every epoch is a fresh permutation (its own named stream), cut into pools of 50 batches that are
+    sorted by length, so that a batch holds texts of like length; the order of batches is shuffled.
+    """
+    per_epoch = math.ceil(len(rows) / batch)
+    epoch, skip = divmod(first, per_epoch)
+    while True:
+        rng = numpy_generator(seed, "batches", client, epoch)
+        order = rng.permutation(rows)
+        dealt: list[Rows] = []
+        for start in range(0, len(order), batch * POOL):
+            pool = order[start : start + batch * POOL]
+            pool = pool[lengths[pool].argsort(kind="stable")]
+            dealt += [pool[at : at + batch] for at in range(0, len(pool), batch)]
+        for index in rng.permutation(len(dealt))[skip:]:
+            yield dealt[index]
+        epoch, skip = epoch + 1, 0
+
+
+def evaluation_rows(config: Config, data: Data, round: int) -> Rows | None:
+    """The rows to evaluate on after this round: a fixed subset, all in the last round, or none."""
+    last = round == config.run.rounds
+    if not last and round % config.evaluate.every:
+        return None
+    rows, limit = data.evaluation_rows, config.evaluate.limit
+    if last or limit == 0 or limit >= len(rows):
+        return rows
+    drawn = numpy_generator(config.run.seed, "evaluate").permutation(len(rows))[:limit]
+    drawn.sort()
+    return rows[drawn]
+
+
+@dataclass(frozen=True, eq=False)
+class _Training:
+    metrics: dict[str, float]
+    optimiser: dict[str, Tensor]
+
+
+def _train(
+    model: Model,
+    data: Data,
+    config: Config,
+    client: str,
+    round: int,
+    plan: Plan,
+    state: ClientState,
+) -> _Training:
+    settings, rows = config.client, data.rows[client]
+    parameters = train_only(model, plan.trains)
+    optimiser = torch.optim.AdamW(
+        parameters.values(),
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        fused=model.device.type in ("cpu", "cuda"),
+    )
+    _restore(optimiser, parameters, state.optimiser)
+    steps = steps_per_round(settings, len(rows))
+    stream = batches(
+        rows, data.train.lengths, settings.batch, config.run.seed, client, (round - 1) * steps
+    )
+    model.network.train()
+    losses: list[Tensor] = []
+    seconds = 0.0
+    rates = [
+        learning_rate(settings, round, config.run.rounds, step, steps) for step in range(steps)
+    ]
+    for rate in rates:
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        inputs, labels = data.train.batch(next(stream), model.device)
+        began = perf_counter()
+        with autocast(model):
+            logits = model.network(**inputs).logits
+        loss = cross_entropy(logits.float(), labels)
+        loss.backward()
+        if settings.clip:
+            nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+        seconds += perf_counter() - began
+    metrics = {
+        "train_loss": float(torch.stack(losses).double().mean()),
+        "steps": float(steps),
+        "learning_rate_first": rates[0],
+        "learning_rate_last": rates[-1],
+        "seconds_compute": seconds,
+    }
+    kept = _moments(optimiser, parameters) if settings.optimiser == "keep" else {}
+    return _Training(metrics, kept)
+
+
+def _own_scores(
+    model: Model, data: Data, config: Config, client: str, round: int
+) -> dict[str, float]:
+    """The client's own adapter after training, on the shared set and on what it held out."""
+    began = perf_counter()
+    scores: dict[str, Scores] = {}
+    rows = evaluation_rows(config, data, round)
+    if rows is not None and config.evaluate.clients:
+        batch = config.evaluate.batch
+        scores["evaluation"] = evaluate(model, data.evaluation, rows, batch)
+        if data.heldout[client].size:
+            scores["heldout"] = evaluate(model, data.train, data.heldout[client], batch)
+    named = {
+        f"{kind}.{name}": float(value)
+        for kind, found in scores.items()
+        for name, value in found.record().items()
+    }
+    return named | {"seconds_evaluate": perf_counter() - began}
+
+
+def _moments(
+    optimiser: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """AdamW's tensors by parameter name, copied to the CPU."""
+    return {
+        f"{name}.{key}": value.detach().to("cpu", copy=True)
+        for name, parameter in parameters.items()
+        for key, value in optimiser.state[parameter].items()
+    }
+
+
+def _restore(
+    optimiser: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    kept: Mapping[str, Tensor],
+) -> None:
+    """Gives kept moments back to the parameters that had them."""
+    for name, parameter in parameters.items():
+        moments = {
+            key: kept[f"{name}.{key}"]
+            for key in ("step", "exp_avg", "exp_avg_sq")
+            if f"{name}.{key}" in kept
+        }
+        for key, value in moments.items():
+            place = "cpu" if key == "step" and parameter.device.type == "cpu" else parameter.device
+            optimiser.state[parameter][key] = value.to(place, copy=True)
+
+
+def _cuda_index(model: Model) -> list[int]:
+    return [model.device.index or 0] if model.device.type == "cuda" else []

@@ -1,0 +1,214 @@
+"""From a config to tokenised data: which client trains on which rows, what is held out, what
+evaluates.
+
+Tokenises once. Knows tables, partitions and a tokenizer; no model and no rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora import partition
+from fedlora.config import Config
+from fedlora.partition import Parts, Rows
+from fedlora.seeding import numpy_generator
+from fedlora.settings import DataSettings
+from fedlora.tables import (
+    Table,
+    evaluation_source,
+    label_ids,
+    read_table,
+    sorted_labels,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Silos:
+    """The texts of a run and who holds which: all that is known before a model is loaded."""
+
+    table: Table
+    label_ids: list[int]
+    labels: list[str]
+    parts: Parts
+    evaluation: Table | None
+
+    @property
+    def counts(self) -> dict[str, list[int]]:
+        """Rows per label of every client."""
+        return partition.label_counts(self.parts, self.label_ids, len(self.labels))
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Tokenised rows: for each model input one array of token numbers a row, and the label ids."""
+
+    inputs: Mapping[str, Sequence[Rows]]
+    labels: Rows
+    lengths: Rows
+    padding: Mapping[str, int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: Rows, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+        """(model inputs, labels) of these rows, padded on the right to the longest of them."""
+        lengths = self.lengths[rows]
+        width = int(lengths.max())
+        mask = np.arange(width) < lengths[:, None]
+        inputs = {"attention_mask": torch.from_numpy(mask.astype(np.int64)).to(device)}
+        for name, values in self.inputs.items():
+            padded = np.full((len(rows), width), self.padding[name], dtype=np.int64)
+            padded[mask] = np.concatenate([values[row] for row in rows])
+            inputs[name] = torch.from_numpy(padded).to(device)
+        return inputs, torch.from_numpy(self.labels[rows]).to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Everything that training and evaluation read, tokenised; rows are numbers into `train`."""
+
+    train: Examples
+    rows: Parts
+    heldout: Parts
+    evaluation: Examples
+    evaluation_rows: Rows
+
+
+def read_silos(config: Config) -> Silos:
+    """Reads the tables, fixes the labels and deals the rows to clients; nothing is tokenised yet.
+
+    ValueError for anything that would make the run meaningless: see `fedlora.tables` and
+    `fedlora.partition`, and a client that holds a single class (unless that is allowed).
+    """
+    settings = config.data
+    if settings.clients:
+        table, parts = _client_tables(settings)
+    else:
+        column = config.partition.column if config.partition.by == "column" else ""
+        table, parts = read_table(settings.train, settings, column), {}
+    labels = list(settings.labels) or sorted_labels(table.labels)
+    if settings.clients and not settings.labels:
+        raise ValueError(
+            "data.labels must list the labels when each client has its own file, so that all agree on "
+            f"their order; found: labels = {_quoted(labels)}"
+        )
+    if len(labels) < 2:
+        raise ValueError(f"{table.source} has the single label {labels[0]!r}: nothing to learn")
+    ids = label_ids(table, labels)
+    if not settings.clients:
+        parts = _dealt(config, table, ids)
+    _check_classes(config, parts, ids, labels)
+    source = evaluation_source(settings)
+    evaluation = read_table(source, settings) if source else None
+    if evaluation is not None:
+        label_ids(evaluation, labels)
+        if (evaluation.pairs is None) != (table.pairs is None):
+            raise ValueError(
+                f"{source} and {table.source} differ: one has pairs, the other has not"
+            )
+    elif settings.holdout == 0:
+        raise ValueError("nothing to evaluate on: set data.evaluate, or data.holdout above 0")
+    elif config.run.save_best:
+        raise ValueError("run.save_best needs data.evaluate, a set apart from the held-out rows")
+    return Silos(table, ids, labels, parts, evaluation)
+
+
+def tokenised(config: Config, silos: Silos, tokenizer: Any) -> Data:
+    """Tokenises every text once and splits off what each client holds out (seeded, by label)."""
+    rows: Parts = {}
+    heldout: Parts = {}
+    for client, own in sorted(silos.parts.items()):
+        stream = numpy_generator(config.run.seed, "holdout", client)
+        rows[client], heldout[client] = partition.split_off(
+            own, silos.label_ids, config.data.holdout, stream
+        )
+    train = encode(silos.table, silos.label_ids, tokenizer, config.data.max_length)
+    if silos.evaluation is None:
+        pooled = np.sort(np.concatenate(list(heldout.values())))
+        return Data(train, rows, heldout, train, pooled)
+    ids = label_ids(silos.evaluation, silos.labels)
+    evaluation = encode(silos.evaluation, ids, tokenizer, config.data.max_length)
+    return Data(train, rows, heldout, evaluation, np.arange(len(evaluation)))
+
+
+def encode(table: Table, ids: Sequence[int], tokenizer: Any, max_length: int) -> Examples:
+    """The table's texts as token numbers, cut to `max_length`, not padded."""
+    encoded = tokenizer(table.texts, table.pairs, truncation=True, max_length=max_length)
+    padding = {
+        "input_ids": tokenizer.pad_token_id,
+        "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),
+    }
+    inputs = {
+        name: [np.array(row, dtype=np.int64) for row in encoded[name]]
+        for name in padding
+        if name in encoded
+    }
+    lengths = np.array([row.size for row in inputs["input_ids"]], dtype=np.int64)
+    return Examples(inputs, np.array(ids, dtype=np.int64), lengths, padding)
+
+
+def _client_tables(settings: DataSettings) -> tuple[Table, Parts]:
+    """One table of all clients' files, and each client's rows in it."""
+    tables = {
+        client: read_table(file, settings) for client, file in sorted(settings.clients.items())
+    }
+    paired = {client for client, table in tables.items() if table.pairs is not None}
+    if paired and len(paired) != len(tables):
+        odd = sorted(set(tables) - paired)[0]
+        raise ValueError(f"{tables[odd].source} has single texts where other clients have pairs")
+    edges = np.cumsum([0, *(len(table) for table in tables.values())])
+    parts = {
+        client: np.arange(first, last)
+        for client, first, last in zip(tables, edges[:-1], edges[1:], strict=True)
+    }
+    if settings.labels:
+        for table in tables.values():
+            label_ids(table, settings.labels)
+    joined = Table(
+        ", ".join(table.source for table in tables.values()),
+        [text for table in tables.values() for text in table.texts],
+        [pair for table in tables.values() for pair in table.pairs or []] if paired else None,
+        [label for table in tables.values() for label in table.labels],
+    )
+    return joined, parts
+
+
+def _dealt(config: Config, table: Table, ids: list[int]) -> Parts:
+    """The rows of a single file, dealt to clients as [partition] says."""
+    settings, seed = config.partition, config.run.seed
+    chosen = np.arange(len(table))
+    if 0 < config.data.limit < len(table):
+        drawn = numpy_generator(seed, "limit").permutation(len(table))
+        chosen = np.sort(drawn[: config.data.limit])
+    known = [ids[row] for row in chosen]
+    names = [str(number) for number in range(settings.clients)]
+    stream = numpy_generator(seed, "partition")
+    if settings.by == "column":
+        parts = partition.by_column([table.column[row] for row in chosen])
+    elif settings.by == "shares":
+        parts = partition.by_shares(known, dict(zip(names, settings.shares, strict=True)), stream)
+    elif settings.by == "dirichlet":
+        parts = partition.dirichlet(known, names, settings.alpha, stream)
+    else:
+        parts = partition.iid(known, names, stream)
+    return {client: chosen[rows] for client, rows in parts.items()}
+
+
+def _check_classes(config: Config, parts: Parts, ids: list[int], labels: list[str]) -> None:
+    for client, counts in partition.label_counts(parts, ids, len(labels)).items():
+        held = [label for label, count in zip(labels, counts, strict=True) if count]
+        if len(held) == 1 and config.partition.single_class == "refuse":
+            raise ValueError(
+                f"client {client} holds the single label {held[0]!r}: change the partition, or allow "
+                "it with partition.single_class = 'allow'"
+            )
+
+
+def _quoted(values: Sequence[str]) -> str:
+    return "[" + ", ".join(f'"{value}"' for value in values) + "]"

@@ -1,0 +1,233 @@
+"""Border to PEFT: put a LoRA adapter on a base model, move adapters in and out, save the result.
+
+One copy of the base serves every client: adapters are written into it and read from it. Nothing
+here knows rounds, rules or data.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from fedlora.adapter import Adapter, Factors, Part, flatten, increment
+from fedlora.base import (
+    HEADS,
+    choose_device,
+    choose_precision,
+    layer_shape,
+    load_base,
+    load_tokenizer,
+    model_source,
+    portable_name,
+    targeted_layers,
+)
+from fedlora.files import new_folder
+from fedlora.seeding import derive
+from fedlora.settings import ModelSettings
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A frozen base with one LoRA adapter in place, its tokenizer, and where it computes."""
+
+    network: PeftModel
+    tokenizer: Any
+    labels: Sequence[str]
+    device: torch.device
+    dtype: torch.dtype
+    source: str
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by the names of `adapter.flatten`, sorted."""
+        found: dict[str, nn.Parameter] = {}
+        for path, module in self.network.base_model.model.named_modules():
+            if isinstance(module, LoraLayer):
+                found[f"{path}.lora_A"] = module.lora_A["default"].weight
+                found[f"{path}.lora_B"] = module.lora_B["default"].weight
+            elif isinstance(module, ModulesToSaveWrapper):
+                saved = module.modules_to_save["default"].named_parameters()
+                found |= {f"{path}.{name}": parameter for name, parameter in saved}
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def scalings(self) -> dict[str, float]:
+        """Each adapted layer's scaling as PEFT applies it."""
+        return {
+            path: module.scaling["default"]
+            for path, module in self.network.base_model.model.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+
+
+def load_model(
+    settings: ModelSettings,
+    labels: Sequence[str],
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+) -> Model:
+    """Loads base and tokenizer and adds a seeded LoRA adapter (B = 0; head as loaded, else drawn).
+
+    ValueError for a model that is not to be had, has no pad token, no module of a wanted name, a
+    layer smaller than the rank, or a head made for another number of labels.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    place = choose_device(device)
+    dtype = choose_precision(precision, place)
+    source = model_source(settings.name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "init"))
+        base, drawn = load_base(settings, source, labels)
+        tokenizer = load_tokenizer(settings, source)
+        base.config.pad_token_id = tokenizer.pad_token_id
+        network = _add_lora(base, settings, drawn)
+    network.to(device=place, dtype=dtype)
+    model = Model(network, tokenizer, tuple(labels), place, dtype, settings.name)
+    for parameter in model.parameters.values():
+        parameter.data = parameter.data.float()
+    train_only(model, frozenset())
+    return model
+
+
+def read_adapter(model: Model) -> Adapter:
+    """The adapter now in the model, as float32 copies on the CPU."""
+    tensors = {
+        name: parameter.detach().to("cpu", torch.float32, copy=True)
+        for name, parameter in model.parameters.items()
+    }
+    layers = {
+        name: Factors(tensors.pop(f"{name}.lora_A"), tensors.pop(f"{name}.lora_B"), scaling)
+        for name, scaling in sorted(model.scalings.items())
+    }
+    return Adapter(layers, tensors)
+
+
+def write_adapter(model: Model, adapter: Adapter) -> None:
+    """Copies an adapter into the model.
+
+    ValueError (and nothing written) unless it fits and is finite.
+    """
+    parameters = model.parameters
+    tensors = flatten(adapter)
+    if tensors.keys() != parameters.keys():
+        odd = sorted(tensors.keys() ^ parameters.keys())[0]
+        side = "the adapter lacks" if odd in parameters else "the model has no place for"
+        raise ValueError(f"{side} {odd!r}: adapter and model must have the same layers and head")
+    for name, tensor in tensors.items():
+        if tensor.shape != parameters[name].shape:
+            raise ValueError(
+                f"{name!r} has shape {tuple(tensor.shape)}, the model holds "
+                f"{tuple(parameters[name].shape)}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name!r} holds NaN or Inf and was not written to the model")
+    for layer, scaling in model.scalings.items():
+        if adapter.layers[layer].scaling != scaling:
+            raise ValueError(
+                f"layer {layer!r} comes with scaling {adapter.layers[layer].scaling}, "
+                f"the model was made with {scaling}: rescale it first"
+            )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+def train_only(model: Model, parts: Iterable[Part]) -> dict[str, nn.Parameter]:
+    """Lets gradients reach exactly these parts of the adapter; returns their parameters by name."""
+    wanted = frozenset(parts)
+    chosen: dict[str, nn.Parameter] = {}
+    for name, parameter in model.parameters.items():
+        part: Part = {"lora_A": "A", "lora_B": "B"}.get(name.rpartition(".")[2], "head")  # type: ignore[assignment]
+        parameter.requires_grad_(part in wanted)
+        if part in wanted:
+            chosen[name] = parameter
+    return chosen
+
+
+def save_adapter(model: Model, adapter: Adapter, folder: Path) -> None:
+    """Writes the adapter in PEFT's form (safetensors), complete or not at all.
+
+    `folder` must be new.
+    """
+    write_adapter(model, adapter)
+    config = model.network.peft_config["default"]
+    config.base_model_name_or_path = portable_name(model.source)
+    with new_folder(folder) as temporary:
+        model.network.save_pretrained(
+            temporary, safe_serialization=True, save_embedding_layers=False
+        )
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty template; ours is the card
+
+
+def save_merged(model: Model, adapter: Adapter, folder: Path) -> None:
+    """Writes the base model with the adapter merged into its weights, and the tokenizer, as one
+    model.
+    """
+    base = AutoModelForSequenceClassification.from_pretrained(
+        model_source(model.source),
+        config=model.network.base_model.model.config,
+        use_safetensors=True,
+    )
+    tensors = base.state_dict()
+    for name, factors in adapter.layers.items():
+        W = tensors[f"{name}.weight"]
+        delta = increment(factors)
+        W += (delta.T if isinstance(base.get_submodule(name), Conv1D) else delta).to(W.dtype)
+    for name, tensor in adapter.dense.items():
+        tensors[name].copy_(tensor)
+    with new_folder(folder) as temporary:
+        base.save_pretrained(temporary)
+        model.tokenizer.save_pretrained(temporary)
+
+
+def parameter_counts(model: Model) -> tuple[int, int]:
+    """(numbers in the adapter, numbers in the base model), head counted once on either side."""
+    own = {id(parameter) for parameter in model.parameters.values()}
+    adapter = sum(parameter.numel() for parameter in model.parameters.values())
+    rest = sum(p.numel() for p in model.network.parameters() if id(p) not in own)
+    return adapter, rest
+
+
+def _add_lora(base: PreTrainedModel, settings: ModelSettings, drawn: Sequence[str]) -> PeftModel:
+    targets = settings.targets or sorted(DEFAULT_TARGETS.get(base.config.model_type, []))
+    modules = targeted_layers(base, targets)
+    for path, (m, n) in ((path, layer_shape(module)) for path, module in modules.items()):
+        if settings.rank > min(m, n):
+            raise ValueError(
+                f"model.rank = {settings.rank} is above the size of layer {path!r}, {m} x {n}: "
+                f"take at most {min(m, n)}"
+            )
+    extra = [name for name in drawn if name.split(".")[0] not in HEADS]
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        use_rslora=settings.rslora,
+        target_modules=targets,
+        modules_to_save=extra or None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        return get_peft_model(base, config)

@@ -1,0 +1,108 @@
+"""The three ways to run a config: federated, and the references central and local.
+
+A reference is a federation of one: central pools the data of all clients, local leaves every client
+alone. Nothing is merged there, so the optimiser is kept, and no bytes move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedlora.adapter import Adapter, ClientResult
+from fedlora.config import Config
+from fedlora.data import Data
+from fedlora.rules import get_rule
+from fedlora.server import Head
+from fedlora.simulate import Fit, Round, simulate
+
+CENTRAL = "central"
+GLOBAL = ""  # the key of the one adapter that all share
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A finished round in any mode; `adapters` holds the global one, or one per client by name."""
+
+    round: int
+    adapters: dict[str, Adapter]
+    results: list[ClientResult]
+    merge_error: float | None
+    bytes_up: int
+    bytes_down: int
+    seconds_aggregate: float
+
+
+def for_mode(config: Config, data: Data) -> tuple[Config, Data]:
+    """Config and data as the run's mode trains with them.
+
+    `central` takes the same number of steps on batches K times as large, so that the same number of
+    examples is seen; its only client is called `central` and needs no evaluation of its own.
+    """
+    if config.run.mode == "federated":
+        return config, data
+    client = replace(config.client, optimiser="keep")
+    if config.run.mode == "local":
+        return replace(config, client=client), data
+    client = replace(client, batch=config.client.batch * len(data.rows))
+    pooled = replace(
+        data,
+        rows={CENTRAL: np.sort(np.concatenate(list(data.rows.values())))},
+        heldout={CENTRAL: np.sort(np.concatenate(list(data.heldout.values())))},
+    )
+    evaluation = replace(config.evaluate, clients=False)
+    return replace(config, client=client, evaluate=evaluation), pooled
+
+
+def steps(config: Config, fit: Fit, start: Adapter, clients: list[str]) -> Iterator[Step]:
+    """Runs the rounds of the config's mode; `clients` are those of `for_mode`'s data."""
+    if config.run.mode == "federated":
+        yield from (_merged(round) for round in _federation(config, fit, start, clients))
+        return
+    alone = [_alone(config, fit, start, client) for client in clients]
+    for rounds in zip(*alone, strict=True):
+        names = [GLOBAL] if config.run.mode == CENTRAL else clients
+        own = {name: round.state.adapter for name, round in zip(names, rounds, strict=True)}
+        results = [result for round in rounds for result in round.results]
+        yield Step(rounds[0].round, own, results, None, 0, 0, 0.0)
+
+
+def _federation(config: Config, fit: Fit, start: Adapter, clients: list[str]) -> Iterator[Round]:
+    return simulate(
+        get_rule(config.merge.rule, **config.merge.options),
+        fit,
+        start,
+        clients,
+        rounds=config.run.rounds,
+        seed=config.run.seed,
+        participation=config.merge.participation,
+        head=config.merge.head,
+        weighting=config.merge.weights,
+    )
+
+
+def _alone(config: Config, fit: Fit, start: Adapter, client: str) -> Iterator[Round]:
+    head: Head = "freeze" if config.merge.head == "freeze" else "average"
+    return simulate(
+        get_rule("fedavg"),
+        fit,
+        start,
+        [client],
+        rounds=config.run.rounds,
+        seed=config.run.seed,
+        head=head,
+    )
+
+
+def _merged(round: Round) -> Step:
+    return Step(
+        round.round,
+        round.personal or {GLOBAL: round.state.adapter},
+        round.results,
+        round.state.memory["merge_error"],
+        round.bytes_up,
+        round.bytes_down,
+        round.seconds_aggregate,
+    )

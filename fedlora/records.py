@@ -1,0 +1,149 @@
+"""The figures of a run as plain records: one per round for metrics.jsonl, one summary at the end.
+
+Turns what happened into numbers under fixed names; measures nothing and writes nothing itself.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from fedlora.evaluate import Scores
+from fedlora.modes import Step
+
+Record: TypeAlias = dict[str, Any]
+SECONDS = ("compute", "evaluate", "aggregate", "total")
+
+
+def round_record(
+    round: int,
+    shared: Scores | None,
+    heldout: Mapping[str, Scores],
+    step: Step | None,
+    *,
+    seconds_evaluate: float,
+    seconds_total: float,
+) -> Record:
+    """The line of one round; `shared` scores the global adapter, `heldout` it on each client's
+    rows.
+
+    Losses are in nats, bytes are those of the arrays, seconds are wall-clock: `compute` is forward,
+    backward and optimiser steps, `total` the whole round with evaluation.
+    """
+    results = step.results if step else []
+    metrics = [result.metrics for result in results]
+    evaluate = seconds_evaluate + sum(m["seconds_evaluate"] for m in metrics)
+    clients = {
+        result.client: {
+            "examples": result.examples,
+            "steps": int(result.metrics["steps"]),
+            "train_loss": result.metrics["train_loss"],
+            "evaluation": _scores(result.metrics, "evaluation"),
+            "heldout": _scores(result.metrics, "heldout"),
+            "global_heldout": _recorded(heldout.get(result.client)),
+        }
+        for result in results
+    }
+    return {
+        "round": round,
+        "global": _recorded(shared),
+        "clients": clients,
+        "merge_error": step.merge_error if step else None,
+        "bytes_up": step.bytes_up if step else 0,
+        "bytes_down": step.bytes_down if step else 0,
+        "seconds": {
+            "compute": sum(m["seconds_compute"] for m in metrics),
+            "evaluate": evaluate,
+            "aggregate": step.seconds_aggregate if step else 0.0,
+            "total": seconds_total,
+        },
+        "learning_rate": [metrics[0]["learning_rate_first"], metrics[0]["learning_rate_last"]]
+        if metrics
+        else None,
+    }
+
+
+def summary_record(
+    records: Sequence[Record],
+    confusion: Scores | None,
+    *,
+    labels: Sequence[str],
+    clients: Mapping[str, Mapping[str, int]],
+    trainable: int,
+    base: int,
+    interrupted: bool,
+) -> Record:
+    """The end of a run: final scores, confusion matrix, sizes, cost beside full fine-tuning's.
+
+    Without a global adapter (mode or head `local`) the final scores are the mean over clients.
+    """
+    last = records[-1] if records else {}
+    seconds = [record["seconds"] for record in records if record["round"] > 0]
+    exchanges = sum(len(record["clients"]) for record in records)
+    own = [client["evaluation"] for client in last.get("clients", {}).values()]
+    return {
+        "interrupted": interrupted,
+        "rounds": last.get("round", 0),
+        "labels": list(labels),
+        "final": last.get("global") or _mean(own),
+        "confusion": confusion.confusion.tolist() if confusion else None,
+        "gap": _gap(last),
+        "clients": {client: dict(sizes) for client, sizes in clients.items()},
+        "trainable_parameters": trainable,
+        "base_parameters": base,
+        "peak_memory_bytes": peak_memory(),
+        "bytes_up_total": sum(record["bytes_up"] for record in records),
+        "bytes_down_total": sum(record["bytes_down"] for record in records),
+        "full_finetuning_bytes_total": 2 * 4 * base * exchanges,
+        "seconds": {key: sum(spent[key] for spent in seconds) for key in SECONDS},
+    }
+
+
+def heldout_accuracy(record: Record) -> float | None:
+    """Mean accuracy of the global adapter on the clients' held-out rows, weighted by their
+    number.
+    """
+    found = [c["global_heldout"] for c in record["clients"].values() if c["global_heldout"]]
+    if not found:
+        return None
+    total = sum(scores["examples"] for scores in found)
+    return float(sum(scores["accuracy"] * scores["examples"] for scores in found) / total)
+
+
+def peak_memory() -> int:
+    """The largest memory of the process so far, with the GPU's where there is one, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def _gap(record: Record) -> float | None:
+    """Evaluation loss minus mean training loss of the last round: the sign of overfitting."""
+    losses = [client["train_loss"] for client in record.get("clients", {}).values()]
+    if not losses or not record.get("global"):
+        return None
+    return float(record["global"]["loss"] - sum(losses) / len(losses))
+
+
+def _mean(found: Sequence[Mapping[str, float] | None]) -> Record | None:
+    scored = [scores for scores in found if scores]
+    if not scored:
+        return None
+    return {key: sum(scores[key] for scores in scored) / len(scored) for key in scored[0]}
+
+
+def _recorded(scores: Scores | None) -> Record | None:
+    return scores.record() if scores else None
+
+
+def _scores(metrics: Mapping[str, float], kind: str) -> Record | None:
+    found = {
+        name.removeprefix(f"{kind}."): value
+        for name, value in metrics.items()
+        if name.startswith(f"{kind}.")
+    }
+    return found or None

@@ -1,0 +1,148 @@
+"""The run directory: config, versions, one line of figures a round, summary, model card.
+
+Everything a report or a later command needs to know about a run is in these files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import Config, load_config
+from fedlora.files import write_text
+
+PACKAGES = ("fedlora", "torch", "transformers", "peft", "numpy", "safetensors")
+
+
+def create_run(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
+    """Makes the run directory with its config and versions; ValueError if it is there already."""
+    check_new(folder)
+    folder.mkdir(parents=True)
+    write_text(folder / "config.toml", config.toml())
+    write_json(folder / "versions.json", {**versions(), **facts})
+
+
+def check_new(folder: Path) -> None:
+    """ValueError if the run directory exists: a run never writes over another."""
+    if folder.exists():
+        raise ValueError(
+            f"run directory {folder} exists already and was not touched: choose another with "
+            "--set run.out=DIR or --set run.name=NAME, or remove it"
+        )
+
+
+def read_config(folder: Path) -> Config:
+    """The config of a finished run; ValueError where the folder holds none."""
+    if not (folder / "config.toml").is_file():
+        raise ValueError(f"{folder} is not a run directory: it has no config.toml")
+    return load_config(folder / "config.toml")
+
+
+def append_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Adds one line to metrics.jsonl, on disk when this returns."""
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file in one step."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file of a run; ValueError if it is missing or broken."""
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: the run did not end, or this is no run") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
+    return value
+
+
+def versions() -> dict[str, str]:
+    """What decides the bits besides config and seed: packages, Python, machine type, source
+    commit.
+    """
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        found[package] = metadata.version(package)
+    commit = _git_commit(Path(__file__).resolve().parent)
+    return found | ({"commit": commit} if commit else {})
+
+
+def model_card(config: Config, summary: Mapping[str, Any], base: str) -> str:
+    """The adapter's README: method, data sizes, scores, cost, with the metadata that hubs read."""
+    final = summary.get("final") or {}
+    scores = ", ".join(
+        f"{name} {final[key]:.4f}"
+        for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1"), ("loss", "loss"))
+        if key in final
+    )
+    sizes = "\n".join(
+        f"| {client} | {rows['train']:,} | {rows['heldout']:,} |"
+        for client, rows in summary["clients"].items()
+    )
+    full = summary["full_finetuning_bytes_total"]
+    return f"""---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-classification
+tags: [lora, federated, fedlora]
+---
+# {config.run.name}
+
+A LoRA adapter for `{base}`, trained with [fedlora](https://pypi.org/project/fedlora/) in mode
+**{config.run.mode}**{_method(config)}, rank {config.model.rank}, alpha {config.model.alpha:g}, \
+seed {config.run.seed}, {summary["rounds"]} rounds.
+
+* Evaluation on {final.get("examples", 0):,} examples: {scores or "none"}.
+* Labels in the order of their ids: {", ".join(summary["labels"])}.
+* Trainable parameters: {summary["trainable_parameters"]:,} beside {summary["base_parameters"]:,} \
+frozen ones ({summary["trainable_parameters"] / summary["base_parameters"]:.2%}).
+* Communication: {megabytes(summary["bytes_up_total"])} up, \
+{megabytes(summary["bytes_down_total"])} down, all clients and rounds; full fine-tuning would have \
+moved {megabytes(full)}.
+* Peak memory of the process: {megabytes(summary["peak_memory_bytes"])}.
+
+| client | training rows | held out |
+|---|---|---|
+{sizes}
+
+Load it with `PeftModel.from_pretrained(base, folder)` on the base named above, made for \
+{len(summary["labels"])} labels. The whole configuration is in the run directory's `config.toml`.
+"""
+
+
+def megabytes(count: float) -> str:
+    """A byte count for people: MB are 10^6 bytes."""
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
+
+
+def _method(config: Config) -> str:
+    if config.run.mode != "federated":
+        return ""
+    options = "".join(f", {key} {value}" for key, value in config.merge.options.items())
+    return f", merge rule **{config.merge.rule}**{options}, head {config.merge.head}"
+
+
+def _git_commit(folder: Path) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
