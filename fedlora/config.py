@@ -117,6 +117,20 @@ def make_config(flat: Mapping[str, Any]) -> Config:
     return config
 
 
+def settings_table() -> list[tuple[str, str, str]]:
+    """(key, default as TOML, meaning) of every setting, in order: for help texts and docs."""
+    return [
+        (
+            f"{section.name}.{key.name}",
+            _to_toml(getattr(getattr(Config(), section.name), key.name)),
+            text,
+        )
+        for section in fields(Config)
+        for key in fields(_SECTIONS[section.name])
+        for text in [_meaning(key.metadata)]
+    ]
+
+
 _SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in fields(Config)}
 _HINTS: dict[str, dict[str, Any]] = {name: get_type_hints(kind) for name, kind in _SECTIONS.items()}
 _TABLES = (dict[str, str], dict[str, Option])
@@ -193,6 +207,11 @@ def _check(config: Config) -> None:
         raise ValueError(
             "run.save_best needs data.holdout above 0: it chooses on held-out training rows"
         )
+
+
+def _meaning(metadata: Mapping[str, Any]) -> str:
+    choices = metadata["choices"]
+    return f"{metadata['help']} ({' | '.join(choices)})" if choices else str(metadata["help"])
 
 
 def _in_range(key: str, value: Any, metadata: Mapping[str, Any]) -> None:

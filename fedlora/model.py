@@ -18,6 +18,8 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -26,7 +28,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from fedlora.adapter import Adapter, Factors, Part, flatten, increment
+from fedlora.adapter import Adapter, Factors, Part, flatten, increment, overlay
 from fedlora.base import (
     HEADS,
     choose_device,
@@ -231,3 +233,32 @@ def _add_lora(base: PreTrainedModel, settings: ModelSettings, drawn: Sequence[st
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         return get_peft_model(base, config)
+
+
+def load_adapter(model: Model, folder: Path) -> Adapter:
+    """Reads a PEFT adapter folder that was saved for this model; ValueError for anything else.
+
+    Safetensors only; the layout comes from the model, never from the folder's config.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no adapter: there is no {file.name}")
+    try:
+        found = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+    tensors = {
+        name.removeprefix("base_model.model.")
+        .replace(".lora_A.weight", ".lora_A")
+        .replace(".lora_B.weight", ".lora_B"): tensor
+        for name, tensor in found.items()
+    }
+    start = read_adapter(model)
+    if missing := sorted(flatten(start).keys() - tensors.keys()):
+        raise ValueError(
+            f"{file} lacks {missing[0]!r} ({len(missing)} missing): other model or head"
+        )
+    try:
+        return overlay(tensors, start)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error

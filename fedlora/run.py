@@ -6,7 +6,7 @@ What happens is told to `watch`, one event at a time; who draws it is somebody e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeAlias
@@ -81,6 +81,7 @@ def prepare(config: Config) -> Job:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     silos = read_silos(config)
+    config = replace(config, data=replace(config.data, labels=silos.labels))
     model = load_model(
         config.model,
         config.data.label_names or silos.labels,

@@ -14,10 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fedlora import __version__
 from fedlora.config import Config, load_config
 from fedlora.files import write_text
 
-PACKAGES = ("fedlora", "torch", "transformers", "peft", "numpy", "safetensors")
+PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors")
 
 
 def create_run(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
@@ -72,7 +73,8 @@ def versions() -> dict[str, str]:
     """What decides the bits besides config and seed: packages, Python, machine type, source
     commit.
     """
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    found = {"fedlora": __version__, "python": platform.python_version()}
+    found["platform"] = platform.platform()
     for package in PACKAGES:
         found[package] = metadata.version(package)
     commit = _git_commit(Path(__file__).resolve().parent)

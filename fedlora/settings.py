@@ -16,9 +16,9 @@ def setting(
     help: str,
     *,
     choices: tuple[str, ...] = (),
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
+    low: int | float | None = None,
+    high: int | float | None = None,
+    above: int | float | None = None,
 ) -> Any:
     """A field of a config section: its default, its one-line help, and what values it takes."""
     metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above}

@@ -73,6 +73,11 @@ class Rule:
         """The docstring of the rule's file: formula, source, what it keeps and loses, cost, DP."""
         return inspect.getdoc(sys.modules[self.merge.__module__]) or ""
 
+    @property
+    def summary(self) -> str:
+        """What the rule does, in the one line of its function's docstring."""
+        return (inspect.getdoc(self.merge) or "").partition("\n")[0]
+
 
 _RULES: dict[str, Rule] = {}
 

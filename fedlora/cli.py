@@ -1,0 +1,209 @@
+"""The command line: reads arguments, calls the library, turns its errors into one line and exit
+code 2.
+
+Heavy imports stay inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fedlora.config import Config
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune language models with LoRA on data that stays where it is, and merge the adapters.",
+)
+
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting. Repeatable."),
+]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The run's settings.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Client = Annotated[str, typer.Option("--client", help="Use this client's own adapter.")]
+Rolling = Annotated[int, typer.Option("--rolling", min=1, help="Rounds in the rolling mean.")]
+
+
+@app.command()
+def run(config: ConfigPath, set: Sets = None) -> None:
+    """Run a federation (or a reference) and leave adapter, log, model card and figure."""
+    from fedlora.config import load_config
+
+    _run(load_config(config, set or []))
+
+
+@app.command()
+def demo(set: Sets = None) -> None:
+    """Run the built-in federation: three clients, generated reviews, MiniLM, merge rule FRA."""
+    from fedlora.config import load_config
+
+    with resources.as_file(resources.files("fedlora") / "demo.toml") as path:
+        _run(load_config(path, set or []))
+
+
+@app.command()
+def partition(
+    config: ConfigPath,
+    set: Sets = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also draw it: a PNG or SVG.")
+    ] = None,
+) -> None:
+    """Show who would hold which labels, before anyone trains."""
+    from fedlora.config import load_config
+    from fedlora.data import read_silos
+
+    loaded = load_config(config, set or [])
+    silos = read_silos(loaded)
+    names = loaded.data.label_names or silos.labels
+    table = Table("client", *names, "rows", box=None, pad_edge=False)
+    for client, counts in silos.counts.items():
+        table.add_row(client, *(f"{count:,}" for count in counts), f"{sum(counts):,}")
+    used = sum(sum(counts) for counts in silos.counts.values())
+    console = Console()
+    console.print(table)
+    console.print(f"{used:,} of {len(silos.table):,} rows of {silos.table.source}", highlight=False)
+    if out is not None:
+        from fedlora.canvas import draw_partition, save_figure
+
+        save_figure(draw_partition(silos.counts, names), out)
+        console.print(f"drawn in {out}", highlight=False)
+
+
+@app.command()
+def evaluate(run: RunPath, data: str, client: Client = "") -> None:
+    """Score a run's adapter on a labelled file."""
+    import numpy as np
+
+    from fedlora.data import encode
+    from fedlora.evaluate import evaluate as scored
+    from fedlora.predictor import load_predictor
+    from fedlora.tables import label_ids, read_table
+
+    config, model = load_predictor(run, client)
+    table = read_table(data, config.data)
+    ids = label_ids(table, config.data.labels)
+    examples = encode(table, ids, model.tokenizer, config.data.max_length)
+    scores = scored(model, examples, np.arange(len(examples)), config.evaluate.batch)
+    console = Console()
+    for name, value in scores.record().items():
+        console.print(
+            f"{name:10} {value:.4f}" if isinstance(value, float) else f"{name:10} {value}"
+        )
+    grid = Table("true \\ predicted", *model.labels, box=None, pad_edge=False)
+    for name, row in zip(model.labels, scores.confusion, strict=True):
+        grid.add_row(name, *(str(count) for count in row))
+    console.print(grid)
+
+
+@app.command()
+def predict(
+    run: RunPath,
+    data: str,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A csv file; else stdout.")
+    ] = None,
+    client: Client = "",
+) -> None:
+    """Label a file of texts with a run's adapter: one csv row each, with probabilities."""
+    from fedlora.predictor import load_predictor, predictions
+
+    config, model = load_predictor(run, client)
+    text = predictions(config, model, data)
+    if out is None:
+        sys.stdout.write(text)
+        return
+    if out.exists():
+        raise ValueError(f"{out} exists already; nothing was written: name another file")
+    out.write_text(text, encoding="utf-8")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the report.")] = None,
+    rolling: Rolling = 1,
+) -> None:
+    """Draw one run, or compare several: PNG, SVG and a Markdown table."""
+    from fedlora.report import write_report
+
+    for path in write_report(runs, out, rolling):
+        Console().print(str(path), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def rules(name: Annotated[str, typer.Argument(help="Show this rule's whole story.")] = "") -> None:
+    """List the merge rules and what each promises."""
+    from fedlora.rules import LAWS, get_rule, rule_names
+
+    console = Console()
+    if name:
+        found = get_rule(name)
+        console.print(found.doc, highlight=False, markup=False)
+        for law, meaning in LAWS.items():
+            claim = found.laws[law]
+            console.print(f"{law}: {f'yes, {meaning}' if claim is True else f'no, {claim}'}")
+        return
+    table = Table("rule", "what it does", *(law.replace("_", " ") for law in LAWS), box=None)
+    for name in rule_names():
+        found = get_rule(name)
+        marks = ("yes" if found.laws[law] is True else "-" for law in LAWS)
+        table.add_row(name, found.summary, *marks)
+    console.print(table)
+    console.print("yes: a law that the tests hold the rule to; `fedlora rules NAME` says why not")
+
+
+@app.command()
+def config() -> None:
+    """List every setting with its default and meaning."""
+    from fedlora.config import settings_table
+
+    table = Table("setting", "default", "meaning", box=None, pad_edge=False)
+    for key, default, help in settings_table():
+        table.add_row(key, default, help)
+    Console().print(table, markup=False)
+
+
+def main() -> None:
+    """Entry point: every mistake a user can make ends in one line on stderr and exit code 2."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve their neighbours
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except ValueError as error:
+        sys.stderr.write(f"fedlora: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        sys.stderr.write("fedlora: interrupted\n")
+        raise SystemExit(130) from None
+
+
+def _run(config: Config) -> None:
+    from fedlora.display import shown
+    from fedlora.run import execute, prepare
+
+    console = Console()
+    with shown(console) as watch:
+        folder = execute(prepare(config), watch)
+    lines = [f"adapter  {folder / 'adapter'}", f"log      {folder / 'metrics.jsonl'}"]
+    try:
+        from fedlora.report import write_report
+
+        write_report([folder])
+        lines.insert(1, f"figure   {folder / 'report.png'}")
+    except ImportError as error:
+        lines.append(f"no figure: {error}")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
