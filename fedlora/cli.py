@@ -23,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Fine-tune language models with LoRA on data that stays where it is, and merge the adapters.",
+    help="Fine-tune language models with LoRA on data that stays where it is; merge the adapters.",
 )
 
 Sets = Annotated[
@@ -156,13 +156,13 @@ def rules(name: Annotated[str, typer.Argument(help="Show this rule's whole story
             claim = found.laws[law]
             console.print(f"{law}: {f'yes, {meaning}' if claim is True else f'no, {claim}'}")
         return
-    table = Table("rule", "what it does", *(law.replace("_", " ") for law in LAWS), box=None)
+    table = Table("rule", "held to", "what it does", box=None, pad_edge=False)
     for name in rule_names():
         found = get_rule(name)
-        marks = ("yes" if found.laws[law] is True else "-" for law in LAWS)
-        table.add_row(name, found.summary, *marks)
+        held = [law.replace("_", " ") for law in LAWS if found.laws[law] is True]
+        table.add_row(name, ", ".join(held), found.summary)
     console.print(table)
-    console.print("yes: a law that the tests hold the rule to; `fedlora rules NAME` says why not")
+    console.print("`fedlora rules NAME` tells the whole story of one")
 
 
 @app.command()

@@ -1,0 +1,5 @@
+"""`python -m fedlora`: the command line."""
+
+from fedlora.cli import main
+
+main()
