@@ -103,7 +103,7 @@ def main() -> None:
 def _rule_section(rule: Rule) -> list[str]:
     lines = [
         f"## {rule.name}\n",
-        re.sub(r"(?m)^(Source|Keeps|Cost.*?|DP):", r"* **\1**:", rule.doc),
+        re.sub(r"(?m)^(Source|Keeps|Loses|Cost.*?|DP):", r"* **\1**:", rule.doc),
     ]
     options = option_types(rule)
     if options:

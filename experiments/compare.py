@@ -1,11 +1,11 @@
-"""Runs methods x learning rates x seeds of one config, picks each method's rate on held-out
-training
-rows, and prints a table of final evaluation accuracy with paired differences to the first method.
+"""Compares methods on one config: a learning rate each, several seeds, paired differences.
 
     python experiments/compare.py experiments/sst2_balanced.toml --out runs/sst2 \
         --set data.train=train.tsv --set data.evaluate=dev.tsv
 
-Finished runs are recognised by their summary.json and not done again.
+First every method runs with every rate on a tuning seed, and takes the rate with the best accuracy
+on held-out training rows (never on the evaluation set). Then it runs with that rate on all seeds.
+Runs that are done are recognised by their summary.json and not done again.
 """
 
 from __future__ import annotations
@@ -19,107 +19,86 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REFERENCES = ("central", "local")
+CHEAP = ["evaluate.clients=false", "evaluate.every=1000"]  # while tuning: the last round only
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
-def folder(out: Path, method: str, rate: str, seed: int) -> Path:
-    return out / f"{method}-lr{rate}-seed{seed}"
+@dataclass(frozen=True)
+class Task:
+    method: str
+    rate: str
+    seed: int
+    folder: Path
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "summary.json").is_file()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    @property
+    def last_round(self) -> dict[str, Any]:
+        return json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+    @property
+    def heldout_accuracy(self) -> float:
+        scores = [client["global_heldout"] for client in self.last_round["clients"].values()]
+        rows = sum(score["examples"] for score in scores)
+        return sum(score["accuracy"] * score["examples"] for score in scores) / rows
 
 
-def run(config: Path, out: Path, method: str, rate: str, seed: int, sets: Sequence[str]) -> None:
-    place = folder(out, method, rate, seed)
-    if (place / "summary.json").is_file():
-        return
-    shutil.rmtree(place, ignore_errors=True)  # a run that was stopped half-way
-    key = "run.mode" if method in REFERENCES else "merge.rule"
-    own = [f"{key}={method}", f"run.seed={seed}", f"client.lr={rate}", f"run.out={place}"]
-    own += [f"run.name={method}"]
-    words = [word for setting in [*sets, *own] for word in ("--set", setting)]
-    done = subprocess.run(
-        [sys.executable, "-m", "fedlora", "run", str(config), *words],
-        capture_output=True,
-        text=True,
-    )
-    print(place.name, "done" if done.returncode == 0 else done.stderr[-800:], flush=True)
+def task(out: Path, method: str, rate: str, seed: int) -> Task:
+    return Task(method, rate, seed, out / f"{method}-lr{rate}-seed{seed}")
 
 
-def last_record(place: Path) -> dict:
-    return json.loads((place / "metrics.jsonl").read_text().splitlines()[-1])
+def execute(config: Path, tasks: Sequence[Task], sets: Sequence[str], jobs: int) -> None:
+    def run(task: Task) -> None:
+        if task.done:
+            return
+        shutil.rmtree(task.folder, ignore_errors=True)  # a run that was stopped half-way
+        key = "run.mode" if task.method in REFERENCES else "merge.rule"
+        own = [f"{key}={task.method}", f"run.seed={task.seed}", f"client.lr={task.rate}"]
+        own += [f"run.out={task.folder}", f"run.name={task.method}"]
+        words = [word for setting in [*sets, *own] for word in ("--set", setting)]
+        command = [sys.executable, "-m", "fedlora", "run", str(config), *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        print(task.folder.name, "done" if done.returncode == 0 else done.stderr[-800:], flush=True)
 
-
-def heldout(place: Path) -> float:
-    """Accuracy on the held-out training rows in the last round: what the learning rate is chosen
-    by.
-    """
-    clients = last_record(place)["clients"].values()
-    scores = [client["global_heldout"] for client in clients]
-    rows = sum(score["examples"] for score in scores)
-    return sum(score["accuracy"] * score["examples"] for score in scores) / rows
-
-
-def final(place: Path) -> float:
-    return json.loads((place / "summary.json").read_text())["final"]["accuracy"]
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, tasks))
 
 
 def interval(values: Sequence[float]) -> str:
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{100 * mean:.2f}"
-    half = T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return (
-        f"{100 * mean:+.2f} ± {100 * half:.2f}"
-        if mean < 0.5
-        else f"{100 * mean:.2f} ± {100 * half:.2f}"
-    )
+    """Mean and 95 % interval (Student's t) in points."""
+    mean, half = statistics.fmean(values), math.nan
+    if len(values) > 1:
+        half = T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{100 * mean:.2f} ± {100 * half:.2f}"
 
 
-def table(out: Path, methods: Sequence[str], rates: Sequence[str], seeds: Sequence[int]) -> str:
-    chosen = {}
-    for method in methods:
-        means = {
-            rate: statistics.fmean(heldout(folder(out, method, rate, seed)) for seed in seeds)
-            for rate in rates
-        }
-        chosen[method] = max(means, key=lambda rate: means[rate])
-    accuracy = {m: [final(folder(out, m, chosen[m], seed)) for seed in seeds] for m in methods}
-    lines = [
-        f"| method | learning rate | accuracy, {len(seeds)} seeds | minus {methods[0]} | "
-        "last merge error | MB, both ways |",
-        "|---|---|---|---|---|---|",
+def row(tasks: Sequence[Task], first: Sequence[Task]) -> str:
+    accuracy = [task.summary["final"]["accuracy"] for task in tasks]
+    pairs = [a - b.summary["final"]["accuracy"] for a, b in zip(accuracy, first, strict=True)]
+    errors = [task.last_round["merge_error"] for task in tasks]
+    gap = statistics.fmean(task.summary["gap"] or math.nan for task in tasks)
+    moved = tasks[0].summary["bytes_up_total"] + tasks[0].summary["bytes_down_total"]
+    cells = [
+        tasks[0].method,
+        tasks[0].rate,
+        interval(accuracy),
+        "-" if tasks is first else interval(pairs),
+        f"{gap:.3f}",
+        "-" if None in errors else f"{statistics.fmean(errors):.1e}",
+        f"{moved / 1e6:.1f}",
     ]
-    for method in methods:
-        places = [folder(out, method, chosen[method], seed) for seed in seeds]
-        pairs = [a - b for a, b in zip(accuracy[method], accuracy[methods[0]], strict=True)]
-        errors = [last_record(place)["merge_error"] for place in places]
-        error = "-" if None in errors else f"{statistics.fmean(errors):.1e}"
-        summary = json.loads((places[0] / "summary.json").read_text())
-        moved = (summary["bytes_up_total"] + summary["bytes_down_total"]) / 1e6
-        difference = "-" if method == methods[0] else interval(pairs)
-        row = [
-            method,
-            chosen[method],
-            interval(accuracy[method]),
-            difference,
-            error,
-            f"{moved:.1f}",
-        ]
-        lines.append("| " + " | ".join(row) + " |")
-    lines += [
-        "",
-        "Held-out accuracy by learning rate (mean over seeds), which chose the rates:",
-        "",
-    ]
-    lines += ["| method | " + " | ".join(rates) + " |", "|---" * (len(rates) + 1) + "|"]
-    for method in methods:
-        cells = [
-            f"{100 * statistics.fmean(heldout(folder(out, method, r, s)) for s in seeds):.2f}"
-            for r in rates
-        ]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
@@ -133,15 +112,34 @@ def main() -> None:
     )
     parser.add_argument("--rates", nargs="+", default=["5e-4", "1e-3", "2e-3", "4e-3"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tuning-seed", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--no-table", action="store_true", help="only run")
     args = parser.parse_args()
-    tasks = [(m, r, s) for s in args.seeds for m in args.methods for r in args.rates]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda task: run(args.config, args.out, *task, args.set), tasks))
-    if not args.no_table:
-        print(table(args.out, args.methods, args.rates, args.seeds))
+
+    tuning = {
+        method: [task(args.out / "tuning", method, rate, args.tuning_seed) for rate in args.rates]
+        for method in args.methods
+    }
+    execute(
+        args.config, [t for row in tuning.values() for t in row], [*args.set, *CHEAP], args.jobs
+    )
+    print("\nHeld-out accuracy in the last round, by learning rate\n")
+    print("| method | " + " | ".join(args.rates) + " |\n" + "|---" * (len(args.rates) + 1) + "|")
+    final = {}
+    for method, tasks in tuning.items():
+        print(
+            f"| {method} | " + " | ".join(f"{100 * t.heldout_accuracy:.1f}" for t in tasks) + " |"
+        )
+        best = max(tasks, key=lambda task: task.heldout_accuracy)
+        final[method] = [task(args.out, method, best.rate, seed) for seed in args.seeds]
+
+    execute(args.config, [t for tasks in zip(*final.values()) for t in tasks], args.set, args.jobs)
+    print(f"\nFinal accuracy over {len(args.seeds)} seeds, mean and 95 % interval in points\n")
+    print(f"| method | rate | accuracy | minus {args.methods[0]} | gap | merge error | MB |")
+    print("|---" * 7 + "|")
+    for method in args.methods:
+        print(row(final[method], final[args.methods[0]]))
 
 
 if __name__ == "__main__":

@@ -141,8 +141,9 @@ def _rounds(job: Job, watch: Watch) -> Iterator[tuple[Record, dict[str, Adapter]
     yield scored(None, {GLOBAL: job.start}, perf_counter())
     began = perf_counter()
     for step in steps(config, fit, job.start, sorted(data.rows)):
-        yield scored(step, step.adapters, began)
-        began = perf_counter()
+        finished = scored(step, step.adapters, began)
+        began = perf_counter()  # what the caller does with a round counts for the next one
+        yield finished
 
 
 def _evaluated(

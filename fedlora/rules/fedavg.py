@@ -1,8 +1,9 @@
 """FedAvg of the factors: A = sum w_k A_k and B = sum w_k B_k, apart.
 
 Source: McMahan et al. 2017 (1602.05629), for LoRA as FedIT, Zhang et al. 2023 (2305.05644).
-Keeps: the means of A and of B. Loses: the covariance of the factors, since mean(B) mean(A) differs
-from mean(BA) by sum w_k (B_k - mean B)(A_k - mean A); the loss grows as clients drift apart.
+Keeps: the means of A and of B.
+Loses: the covariance of the factors, since mean(B) mean(A) differs from mean(BA) by sum w_k (B_k -
+mean B)(A_k - mean A); the loss grows as clients drift apart.
 Cost per layer and client: r(m + n) up, r(m + n) down.
 DP: noise on both factors enters the increment as a product of noises (quadratic noise).
 """
