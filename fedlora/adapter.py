@@ -208,6 +208,13 @@ def overlay(tensors: Mapping[str, Tensor], base: Adapter) -> Adapter:
     return Adapter(layers, dense)
 
 
+def copied(adapter: Adapter) -> Adapter:
+    """The same adapter in tensors of its own, so that a later change in place reaches nobody
+    else.
+    """
+    return overlay({name: t.detach().clone() for name, t in flatten(adapter).items()}, adapter)
+
+
 def byte_count(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of the arrays alone, without any envelope."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -107,8 +107,10 @@ def make_config(flat: Mapping[str, Any]) -> Config:
     for key, value in flat.items():
         section, _, name = key.partition(".")
         table, _, entry = name.partition(".")
-        if section in _SECTIONS and entry and _HINTS[section].get(table) in _TABLES:
-            sections[section].setdefault(table, {})[entry] = _parsed_option(value)
+        kind = _HINTS[section].get(table) if section in _SECTIONS else None
+        if entry and kind in _TABLES:
+            option = value if kind == dict[str, str] else _parsed_option(value)
+            sections[section][table] = sections[section].get(table, {}) | {entry: option}
             continue
         _known(key, [f"{s}.{f}" for s in _SECTIONS for f in _HINTS[s]], "setting")
         sections[section][name] = _coerced(key, value, _HINTS[section][name])
@@ -147,26 +149,40 @@ def _known(name: str, known: Iterable[str], kind: str) -> None:
 def _coerced(key: str, value: Any, kind: Any) -> Any:
     """The value as its setting's type; text is parsed, wrong types are refused with the place."""
     wanted = get_origin(kind) or kind
-    if wanted is Literal:
-        wanted = str
+    wanted = str if wanted is Literal else wanted
     problem = ValueError(f"{key} = {value!r} is not {_READABLE[wanted]}")
-    if isinstance(value, str) and wanted is not str:
-        try:
-            if wanted is list and not value.startswith("["):
-                value = [part for part in value.split(",") if part]
-            else:
-                value = json.loads(value)
-        except json.JSONDecodeError:
-            raise problem from None
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    try:
+        value = _from_text(value, wanted) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        raise problem from None
+    if wanted is float and _is_number(value):
         value = float(value)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         raise problem
-    if kind == list[str] and not all(isinstance(entry, str) for entry in value):
-        value = [entry if isinstance(entry, str) else json.dumps(entry) for entry in value]
+    if kind == list[str]:
+        return [entry if isinstance(entry, str) else json.dumps(entry) for entry in value]
+    if kind == list[list[float]]:
+        if not all(isinstance(row, list) and all(map(_is_number, row)) for row in value):
+            raise problem
+        return [[float(share) for share in row] for row in value]
     if kind == dict[str, str] and not all(isinstance(entry, str) for entry in value.values()):
         raise problem
+    if wanted is dict:
+        return {name: entry for name, entry in value.items() if entry is not None}
     return value
+
+
+def _from_text(text: str, wanted: Any) -> Any:
+    """What a text on a command line stands for: `a,b` is a list, all else is read as JSON."""
+    if wanted is str:
+        return text
+    if wanted is list and not text.startswith("["):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return json.loads(text)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 _READABLE = {
@@ -260,7 +276,7 @@ def _to_flat(value: Any) -> bool | int | float | str:
 
 def _to_toml(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_to_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_to_toml(k)} = {_to_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_to_toml(entry) for entry in value) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

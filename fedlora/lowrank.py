@@ -19,6 +19,7 @@ Route: TypeAlias = Literal["auto", "gram", "qr"]
 
 GRAM_FLOOR = 1e-7  # singular values below this share of the largest are noise in a Gram matrix
 CANCELLED = 1e-5  # below this share of the terms' size the sum has cancelled: take the QR route
+DEAD = 1e-9  # a row whose part outside the others is shorter, relative to itself, is no new one
 EPSILON = torch.finfo(torch.float64).eps
 
 
@@ -67,7 +68,7 @@ def split(
 
 def singular_values(factors: Factors) -> Float[Tensor, " p"]:
     """The singular values of the increment in falling order, by the QR route; no zeros."""
-    return _qr_svd(rescaled(factors, 1.0), factors.rank)[1]
+    return _qr_svd(_unit(factors), factors.rank)[1]
 
 
 def _check(factors: Factors, rank: int, gauge: Gauge) -> None:
@@ -80,7 +81,7 @@ def _check(factors: Factors, rank: int, gauge: Gauge) -> None:
 
 def _svd(factors: Factors, rank: int, route: Route) -> tuple[Tensor, Tensor, Tensor]:
     """U (m x p), S (p), V^T (p x n) of the increment with p <= rank, signs fixed, all float64."""
-    unit = rescaled(Factors(factors.A.double(), factors.B.double(), factors.scaling), 1.0)
+    unit = _unit(factors)
     if not (bool(torch.isfinite(unit.A).all()) and bool(torch.isfinite(unit.B).all())):
         raise ValueError("the factors hold NaN or Inf: a merge of them is not defined")
     if route not in get_args(Route):
@@ -91,6 +92,12 @@ def _svd(factors: Factors, rank: int, route: Route) -> tuple[Tensor, Tensor, Ten
     if cancelled and route == "auto":
         U, S, Vh = _qr_svd(unit, rank)
     return _signed(U, S, Vh)
+
+
+def _unit(factors: Factors) -> Factors:
+    """The same increment in float64 with scaling 1."""
+    A, B = factors.A.detach().double(), factors.B.detach().double()
+    return rescaled(Factors(A, B, factors.scaling), 1.0)
 
 
 def _gram_svd(unit: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor, bool]:
@@ -120,7 +127,8 @@ def _gram_svd(unit: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor, bool]:
     S, P = S[:count], (L @ Q.flip(1)[:, :count]) / S[:count]
     U = B @ ((gram_a @ P) / S * d[:, None])
     Vh = (P / d[:, None]).mT @ A
-    return U, S, Vh, count == 0 or float(S[0]) < CANCELLED * size
+    lost = count == 0 or float(S[0]) < CANCELLED * size or float(S[-1]) < GRAM_FLOOR * size
+    return U, S, Vh, lost
 
 
 def _qr_svd(unit: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,18 +172,32 @@ def _gauged(U: Tensor, S: Tensor, Vh: Tensor, scaling: float, gauge: Gauge) -> F
 
 
 def _fill(factors: Factors, rank: int, previous: Factors | None) -> Factors:
-    """Adds rows up to `rank`: the previous ones with the longest part outside the new ones."""
+    """Adds rows up to `rank`: the previous ones with the longest part outside the new ones.
+
+    Where those do not suffice, rows of a fixed random draw follow, as long as the previous ones.
+    """
     missing = rank - factors.rank
     if missing <= 0:
         return factors
     m, n = factors.shape
     rows = factors.A.new_zeros(missing, n)
     if previous is not None:
-        basis = torch.linalg.qr(factors.A.mT)[0]
-        free = previous.A.to(factors.A)
-        free = free - (free @ basis) @ basis.mT
-        longest = free.norm(dim=1).argsort(descending=True, stable=True)[:missing].sort().values
-        rows[: longest.numel()] = free[longest]
+        old = previous.A.to(factors.A)
+        length = old.norm(dim=1)
+        drawn = torch.randn(missing, n, generator=torch.Generator().manual_seed(rank)).to(old)
+        drawn *= (length.mean() or 1.0) / drawn.norm(dim=1, keepdim=True)
+        free = _outside(torch.cat([old, drawn]), factors.A)
+        alive = free.norm(dim=1) > DEAD * torch.cat([length, drawn.norm(dim=1)])
+        order = free[: len(old)].norm(dim=1).argsort(descending=True, stable=True)
+        order = order[alive[: len(old)][order]][:missing].sort().values
+        extra = torch.arange(len(old), len(free), device=order.device)[: missing - len(order)]
+        rows = free[torch.cat([order, extra])]
     A = torch.cat([factors.A, rows])
     B = torch.cat([factors.B, factors.B.new_zeros(m, missing)], dim=1)
     return Factors(A, B, factors.scaling)
+
+
+def _outside(rows: Tensor, others: Tensor) -> Tensor:
+    """The part of each row that is orthogonal to all of `others`."""
+    basis: Tensor = torch.linalg.qr(others.mT)[0]
+    return rows - (rows @ basis) @ basis.mT

@@ -35,7 +35,8 @@ def by_shares(
     for client, share in shares.items():
         if len(share) != len(by_label):
             raise ValueError(
-                f"client {client} has {len(share)} label shares, the data has {len(by_label)} labels"
+                f"client {client} has {len(share)} label shares, "
+                f"the data has {len(by_label)} labels"
             )
         if min(share) < 0 or not math.isclose(math.fsum(share), 1.0, abs_tol=1e-6):
             raise ValueError(f"client {client}: shares {list(share)} must be >= 0 with sum 1")
@@ -69,7 +70,7 @@ def dirichlet(
     for _ in range(tries):
         pieces: list[list[Rows]] = [[] for _ in clients]
         for rows in by_label.values():
-            edges = np.cumsum(rng.dirichlet([alpha] * len(clients)))[:-1] * rows.size
+            edges = np.rint(np.cumsum(rng.dirichlet([alpha] * len(clients)))[:-1] * rows.size)
             parts = np.split(rng.permutation(rows), edges.astype(np.int64))
             for piece, part in zip(pieces, parts, strict=True):
                 piece.append(part)

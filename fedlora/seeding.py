@@ -16,8 +16,14 @@ def derive(seed: int, *names: str | int) -> int:
 
     `derive(0, "client", "a", 3)` is the same on every machine and in every Python.
     """
-    text = "\x1f".join([str(seed), *(f"{type(name).__name__}:{name}" for name in names)])
+    text = "\x1f".join([str(seed), *(_typed(name) for name in names)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def _typed(name: str | int) -> str:
+    """The name with its type, so that 1 and "1" differ; no name can hold the separator."""
+    kind = "str" if isinstance(name, str) else "int"
+    return f"{kind}:{name}".replace("\\", "\\\\").replace("\x1f", "\\x1f")
 
 
 def generator(seed: int, *names: str | int) -> torch.Generator:

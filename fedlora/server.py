@@ -62,7 +62,7 @@ def sample_clients(
     ids = sorted(clients)
     if not 0 < participation <= 1:
         raise ValueError(f"participation {participation!r} is outside (0, 1]")
-    count = math.ceil(participation * len(ids) - 1e-9)
+    count = max(1, math.ceil(participation * len(ids) - 1e-9))
     chosen = numpy_generator(seed, "sample", round).permutation(len(ids))[:count]
     return sorted(ids[index] for index in chosen)
 
@@ -124,8 +124,8 @@ def aggregate(
 ) -> ServerState:
     """The next server state: every layer merged by the rule, dense tensors averaged; pure.
 
-    The order of `results` does not matter (sorted by client here). Sums in float64; float32 comes
-    out.
+    A residual that the rule returns is dropped. The order of `results` does not matter (sorted by
+    client here). Sums in float64; float32 comes out.
     `memory["merge_error"]` is ||sum w_k dW_k - dW||_F / ||sum w_k dW_k||_F over all layers,
     against the weights that the rule used; float32 at rest puts its floor near 1e-7.
     """
@@ -154,7 +154,9 @@ def aggregate(
         name: sum(
             (w * r.adapter.dense[name].double() for w, r in zip(weights, ordered, strict=True)),
             start=torch.zeros((), dtype=torch.float64),
-        ).float()
+        )
+        .float()
+        .cpu()
         for name in sorted(state.adapter.dense)
     }
     error = math.sqrt(missed / norm) if norm > 0 else 0.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TypeAlias
 
-from fedlora.adapter import Adapter, ClientResult, ClientState, byte_count, flatten, overlay
+from fedlora.adapter import Adapter, ClientResult, ClientState, byte_count, copied, flatten, overlay
 from fedlora.rules import Plan, Rule
 from fedlora.server import (
     Head,
@@ -66,15 +66,16 @@ def simulate(
     for round in range(1, rounds + 1):
         plan = plan_round(rule, head, state, round)
         down = downlink(state, plan)
-        sent = overlay(down, start)
+        common = overlay(down, start)
         results: list[ClientResult] = []
         up = 0
         for client in sample_clients(clients, participation, seed, round):
+            sent = copied(common)
             result = fit(client, round, plan, sent, states.get(client, ClientState()))
             states[client] = result.state
-            shared = flatten(result.adapter, plan.shares)
+            shared = flatten(copied(result.adapter), plan.shares)
             up += byte_count(shared)
-            results.append(replace(result, adapter=receive(client, shared, sent, plan)))
+            results.append(replace(result, adapter=receive(client, shared, common, plan)))
         began = perf_counter()
         state = aggregate(rule, state, results, round, weighting=weighting)
         elapsed = perf_counter() - began

@@ -7,6 +7,7 @@ Lengths are in inches of the page, text sizes in points.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,10 +29,10 @@ TIMES, ALPHA = "\N{MULTIPLICATION SIGN}", "\N{GREEK SMALL LETTER ALPHA}"
 LAYER, RANK = 384, 8
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw docs/figures/lora and architecture.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to fill")
-    folder: Path = parser.parse_args().out
+    folder: Path = parser.parse_args(arguments).out
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in (("lora", draw_lora()), ("architecture", draw_architecture())):
         with matplotlib.rc_context({"svg.hashsalt": name}):

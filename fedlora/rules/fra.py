@@ -41,7 +41,7 @@ def fra(
 ) -> Factors | Merged:
     """The truncated SVD of the averaged increments, to `rank` (None: as before)."""
     mixed = mix(clients, weights, prev.scaling)
-    wanted = rank or prev.rank
+    wanted = prev.rank if rank is None else rank
     if residual == "keep":
         return split(mixed, wanted, gauge=gauge, previous=prev)
     return truncate(mixed, wanted, gauge=gauge, previous=prev)

@@ -1,0 +1,143 @@
+"""Helpers shared by the tests: random factors, the dense float64 oracle, toy adapters, real text.
+
+The oracle knows nothing of the library's own algebra: it multiplies out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Adapter, ClientResult, Factors, Merged
+
+torch.set_num_threads(1)
+pytest.register_assert_rewrite("laws")
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """The folder of real text; tests that need it are skipped where FEDLORA_DATA is unset."""
+    folder = os.environ.get("FEDLORA_DATA")
+    if not folder:
+        pytest.skip("FEDLORA_DATA is unset: it names the folder of real text (../shared/data)")
+    return Path(folder)
+
+
+@pytest.fixture
+def as_users_run_it() -> Iterator[None]:
+    """Without the tests' shape checks, which would refuse a wrong shape before the library does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def random_factors(
+    seed: int, m: int = 7, n: int = 5, r: int = 3, scaling: float = 2.0, scale: float = 1.0
+) -> Factors:
+    """Factors of a non-square layer, float64; `scale` is put on B."""
+    return Factors(normal(seed, r, n), normal(seed + 10_000, m, r) * scale, scaling)
+
+
+def orthogonal(seed: int, size: int) -> Tensor:
+    return torch.linalg.qr(normal(seed, size, size))[0]
+
+
+def dense(factors: Factors) -> Tensor:
+    """scaling * B A multiplied out in float64."""
+    return factors.scaling * (factors.B.double() @ factors.A.double())
+
+
+def dense_mean(clients: Iterable[Factors], weights: Iterable[float] | Tensor) -> Tensor:
+    """sum_k w_k s_k B_k A_k multiplied out in float64: the only oracle of a merge."""
+    terms = [float(w) * dense(client) for w, client in zip(weights, clients, strict=True)]
+    return torch.stack(terms).sum(dim=0)
+
+
+def nearest_of_rank(matrix: Tensor, rank: int) -> Tensor:
+    """The best approximation of that rank, from NumPy's SVD of the dense matrix."""
+    U, S, Vh = np.linalg.svd(matrix.numpy(), full_matrices=False)
+    return torch.from_numpy((U[:, :rank] * S[:rank]) @ Vh[:rank])
+
+
+def merged_factors(answer: Factors | Merged) -> Factors:
+    return answer.factors if isinstance(answer, Merged) else answer
+
+
+def merged_whole(answer: Factors | Merged) -> Tensor:
+    """Adapter + residual, multiplied out."""
+    if isinstance(answer, Factors):
+        return dense(answer)
+    assert answer.residual.shape == answer.factors.shape, "the residual has another shape"
+    return dense(answer.factors) + dense(answer.residual)
+
+
+def assert_near(got: Tensor, want: Tensor, relative: float = 1e-12) -> None:
+    """||got - want|| <= relative * ||want||, in Frobenius norm; an exact zero wants a zero."""
+    assert got.shape == want.shape, f"{tuple(got.shape)} is not {tuple(want.shape)}"
+    scale = float(want.abs().max())
+    if scale == 0:
+        assert not bool(got.any()), "a zero was expected"
+        return
+    error = float(((got - want) / scale).norm() / (want / scale).norm())
+    assert error <= relative, f"relative error {error:.2e} is above {relative:.0e}"
+
+
+def same_bits(left: Factors, right: Factors) -> bool:
+    return (
+        torch.equal(left.A, right.A)
+        and torch.equal(left.B, right.B)
+        and left.A.dtype == right.A.dtype
+        and left.scaling == right.scaling
+    )
+
+
+def same_adapters(left: Adapter, right: Adapter) -> bool:
+    """Equal names, bits and dtypes throughout."""
+    return (
+        list(left.layers) == list(right.layers)
+        and list(left.dense) == list(right.dense)
+        and all(same_bits(left.layers[name], right.layers[name]) for name in left.layers)
+        and all(torch.equal(left.dense[name], right.dense[name]) for name in left.dense)
+        and all(left.dense[name].dtype == right.dense[name].dtype for name in left.dense)
+    )
+
+
+def random_adapter(seed: int, r: int = 2, scaling: float = 4.0) -> Adapter:
+    """Two non-square layers and a head, float32, as they travel."""
+    return Adapter(
+        {
+            "block.query": Factors(
+                normal(seed, r, 5, dtype=torch.float32),
+                normal(seed + 1, 7, r, dtype=torch.float32),
+                scaling,
+            ),
+            "block.value": Factors(
+                normal(seed + 2, r, 6, dtype=torch.float32),
+                normal(seed + 3, 4, r, dtype=torch.float32),
+                scaling,
+            ),
+        },
+        {
+            "head.bias": normal(seed + 4, 3, dtype=torch.float32),
+            "head.weight": normal(seed + 5, 3, 6, dtype=torch.float32),
+        },
+    )
+
+
+def random_results(seed: int, examples: Sequence[int] = (10, 30, 60)) -> list[ClientResult]:
+    """One result per count of examples, from the clients c0, c1, ..."""
+    return [
+        ClientResult(f"c{index}", random_adapter(seed + 100 * index), count)
+        for index, count in enumerate(examples)
+    ]

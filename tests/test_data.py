@@ -1,0 +1,320 @@
+"""From files to tokenised clients: the central label order, what is held out, what evaluates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import LABELS, make_tokenizer, toy_rows, write_csv, write_lines
+
+from fedlora.config import Config, make_config
+from fedlora.data import Data, Silos, encode, read_silos, tokenised
+from fedlora.tables import Table
+
+CPU = torch.device("cpu")
+
+
+def config_of(train: Path | str, **changes: Any) -> Config:
+    named = {name.replace("__", ".", 1): value for name, value in changes.items()}
+    return make_config({"data.train": str(train), "data.holdout": 0.25} | named)
+
+
+def silos_of(train: Path | str, **changes: Any) -> Silos:
+    return read_silos(config_of(train, **changes))
+
+
+def data_of(train: Path | str, **changes: Any) -> Data:
+    config = config_of(train, **changes)
+    return tokenised(config, read_silos(config), make_tokenizer("bert"))
+
+
+def refusal(train: Path | str, **changes: Any) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # the callers look at the message
+        silos_of(train, **changes)
+    return str(caught.value)
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Path:
+    """60 rows, one half of each label."""
+    return write_csv(tmp_path / "train.csv", toy_rows(60))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """One file per client from its labels, texts numbered through."""
+
+    def write(**labels: Iterable[str]) -> dict[str, str]:
+        return {
+            client: str(
+                write_csv(
+                    tmp_path / f"{client}.csv",
+                    [(f"good {client} {row}", label) for row, label in enumerate(own)],
+                )
+            )
+            for client, own in labels.items()
+        }
+
+    return write
+
+
+# ---------------------------------------------------------------- one file per client
+
+
+def test_clients_whose_files_differ_in_order_and_labels_get_the_same_ids(
+    files: Callable[..., dict[str, str]],
+) -> None:
+    """b's file begins with another label than a's, and c never saw `mid`."""
+    clients = files(a=["neg", "mid", "pos"], b=["pos", "neg", "mid", "mid"], c=["pos", "neg"])
+    silos = silos_of("", data__clients=clients, data__labels=["pos", "mid", "neg"])
+    want = {"pos": 0, "mid": 1, "neg": 2}
+    assert silos.labels == ["pos", "mid", "neg"]
+    assert [want[label] for label in silos.table.labels] == silos.label_ids
+    assert silos.counts == {"a": [1, 1, 1], "b": [1, 2, 1], "c": [1, 0, 1]}
+
+
+def test_every_client_keeps_its_own_rows(files: Callable[..., dict[str, str]]) -> None:
+    clients = files(b=["x", "y", "x"], a=["y", "x"])
+    silos = silos_of("", data__clients=clients, data__labels=["x", "y"])
+    assert list(silos.parts) == ["a", "b"]
+    for client, rows in silos.parts.items():
+        assert {silos.table.texts[row].split()[1] for row in rows} == {client}
+    assert sum(rows.size for rows in silos.parts.values()) == len(silos.table) == 5
+
+
+def test_files_of_clients_need_the_labels_and_are_told_which_were_found(
+    files: Callable[..., dict[str, str]],
+) -> None:
+    message = refusal("", data__clients=files(a=["x", "y"], b=["z", "x"]))
+    assert "data.labels must list the labels" in message
+    assert 'labels = ["x", "y", "z"]' in message
+
+
+def test_an_unknown_label_names_the_clients_file_and_its_row(
+    files: Callable[..., dict[str, str]],
+) -> None:
+    clients = files(a=["neg", "pos"], b=["neg", "pos", "Pos"])
+    message = refusal("", data__clients=clients, data__labels=["neg", "pos"])
+    assert f"{clients['b']}, row 3: unknown label 'Pos'; did you mean 'pos'?" in message
+    assert clients["a"] not in message
+
+
+def test_clients_with_pairs_and_without_do_not_mix(tmp_path: Path) -> None:
+    one = write_csv(tmp_path / "a.csv", [["a", "x"], ["b", "y"]])
+    two = write_csv(
+        tmp_path / "b.csv", [["a", "b", "x"], ["c", "d", "y"]], ["premise", "hypothesis", "label"]
+    )
+    clients = {"a": str(one), "b": str(two)}
+    message = refusal("", data__clients=clients, data__labels=["x", "y"])
+    assert "a.csv has single texts where other clients have pairs" in message
+
+
+def test_a_label_listed_twice_is_refused(train: Path) -> None:
+    """Its id would be that of either place, and the model would have a label that nothing has."""
+    assert "'neg'" in refusal(train, data__labels=["neg", "pos", "neg"])
+
+
+# ---------------------------------------------------------------- one file for all
+
+
+@pytest.mark.parametrize("by", ["iid", "dirichlet", "shares", "column"])
+def test_a_partition_gives_each_row_to_one_client_at_most(tmp_path: Path, by: str) -> None:
+    rows = [(text, label, f"site{n % 4}") for n, (text, label) in enumerate(toy_rows(80, seed=3))]
+    rows = [(text, LABELS[n // 4 % 2], site) for n, (text, _, site) in enumerate(rows)]
+    file = write_csv(tmp_path / "train.csv", rows, ("text", "label", "site"))
+    silos = silos_of(
+        file,
+        partition__by=by,
+        partition__column="site",
+        partition__clients=3,
+        partition__alpha=5.0,
+        partition__shares=[[0.1, 0.9], [0.9, 0.1], [0.5, 0.5]] if by == "shares" else [],
+    )
+    dealt = np.concatenate(list(silos.parts.values()))
+    assert len(set(dealt.tolist())) == dealt.size
+    if by != "shares":
+        assert dealt.size == 80
+    if by == "column":
+        assert list(silos.parts) == ["site0", "site1", "site2", "site3"]
+        for site, own in silos.parts.items():
+            assert {rows[row][2] for row in own} == {site}
+    else:
+        assert list(silos.parts) == ["0", "1", "2"]
+
+
+def test_a_limit_draws_rows_by_the_seed(train: Path) -> None:
+    def chosen(seed: int) -> list[int]:
+        silos = silos_of(train, data__limit=20, run__seed=seed)
+        return sorted(np.concatenate(list(silos.parts.values())).tolist())
+
+    assert len(chosen(0)) == 20
+    assert chosen(0) == chosen(0) != chosen(1)
+    assert chosen(0) != list(range(20))
+    assert len(np.concatenate(list(silos_of(train, data__limit=500).parts.values()))) == 60
+
+
+def test_the_seed_deals_the_rows(train: Path) -> None:
+    parts = [silos_of(train, run__seed=seed).parts["0"].tolist() for seed in (0, 0, 1)]
+    assert parts[0] == parts[1] != parts[2]
+
+
+def test_a_client_with_a_single_label_is_refused_unless_allowed(tmp_path: Path) -> None:
+    rows = [(f"good {n}", LABELS[n % 2], "one" if n % 2 else "two") for n in range(12)]
+    rows += [("bad", "neg", "both"), ("good", "pos", "both")]
+    file = write_csv(tmp_path / "a.csv", rows, ("text", "label", "site"))
+    column = {"partition__by": "column", "partition__column": "site"}
+    message = refusal(file, **column)
+    assert "client one holds the single label 'pos'" in message
+    assert "partition.single_class = 'allow'" in message
+    silos = silos_of(file, partition__single_class="allow", **column)
+    assert silos.counts["one"] == [0, 6]
+
+
+def test_data_of_one_label_are_refused(tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "a.csv", [["a", "x"], ["b", "x"]])
+    assert "single label 'x'" in refusal(file)
+
+
+def test_an_empty_value_names_no_client(tmp_path: Path) -> None:
+    """'' stands for the adapter that all share, and a client is a folder of the run directory."""
+    rows = [("good", LABELS[n // 2 % 2], ("", "site")[n % 2]) for n in range(16)]
+    file = write_csv(tmp_path / "a.csv", rows, ("text", "label", "site"))
+    assert "site" in refusal(file, partition__by="column", partition__column="site")
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "/etc"])
+def test_a_client_whose_name_is_a_path_is_refused(
+    files: Callable[..., dict[str, str]], name: str
+) -> None:
+    """Its adapter would be written outside the run directory."""
+    file = files(a=["x", "y"])["a"]
+    clients = {"plain": file, name: file}
+    assert repr(name) in refusal("", data__clients=clients, data__labels=["x", "y"])
+
+
+# ---------------------------------------------------------------- held out and evaluated
+
+
+def test_held_out_rows_are_apart_and_of_the_same_mix(tmp_path: Path) -> None:
+    rows = [(text, "pos" if n % 4 == 0 else "neg") for n, (text, _) in enumerate(toy_rows(120))]
+    data = data_of(write_csv(tmp_path / "a.csv", rows), data__holdout=0.2)
+    assert data.rows.keys() == data.heldout.keys() == {"0", "1", "2"}
+    for client, kept in data.rows.items():
+        apart = data.heldout[client]
+        assert not set(kept) & set(apart)
+        assert np.bincount(data.train.labels[apart]).tolist() == [6, 2]
+        assert np.bincount(data.train.labels[kept]).tolist() == [24, 8]
+    together = np.concatenate([*data.rows.values(), *data.heldout.values()])
+    assert sorted(together) == list(range(120))
+
+
+def test_what_a_client_holds_out_is_its_own_draw(files: Callable[..., dict[str, str]]) -> None:
+    """Another client's rows do not shift it, and two clients do not hold out the same places."""
+    labels = ["x", "y"] * 20
+    alone = files(b=labels, c=labels)
+    both = files(a=labels, b=labels, c=labels)
+    few, many = (
+        data_of("", data__clients=clients, data__labels=["x", "y"]) for clients in (alone, both)
+    )
+    assert (few.heldout["b"] + 40).tolist() == many.heldout["b"].tolist()
+    assert (many.heldout["a"] + 40).tolist() != many.heldout["b"].tolist()
+    other = data_of("", data__clients=both, data__labels=["x", "y"], run__seed=1)
+    assert other.heldout["a"].tolist() != many.heldout["a"].tolist()
+
+
+def test_without_an_evaluation_set_the_held_out_rows_of_all_evaluate(train: Path) -> None:
+    data = data_of(train)
+    assert data.evaluation is data.train
+    assert sorted(data.evaluation_rows) == sorted(np.concatenate(list(data.heldout.values())))
+
+
+def test_a_set_evaluation_file_evaluates_with_the_central_ids(train: Path, tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "dev.csv", [["warm", "pos"], ["cold", "neg"], ["fine", "pos"]])
+    data = data_of(train, data__evaluate=str(file))
+    assert data.evaluation.labels.tolist() == [1, 0, 1]
+    assert data.evaluation_rows.tolist() == [0, 1, 2]
+    assert data.evaluation is not data.train
+
+
+def test_an_evaluation_set_with_another_label_is_refused(train: Path, tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "dev.csv", [["warm", "pos"], ["cold", "ngea"]])
+    assert "dev.csv, row 2: unknown label 'ngea'" in refusal(train, data__evaluate=str(file))
+
+
+def test_an_evaluation_set_of_pairs_does_not_fit_single_texts(train: Path, tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "dev.csv", [["a", "b", "pos"]], ["sentence1", "sentence2", "label"])
+    assert "one has pairs, the other has not" in refusal(train, data__evaluate=str(file))
+
+
+def test_nothing_to_evaluate_on_is_refused(train: Path) -> None:
+    message = refusal(train, data__holdout=0.0)
+    assert "set data.evaluate, or data.holdout above 0" in message
+
+
+def test_a_holdout_that_rounds_to_no_row_is_nothing_to_evaluate_on(tmp_path: Path) -> None:
+    """0.1 of four rows of a label is none; without an evaluation set that leaves nothing."""
+    file = write_csv(tmp_path / "a.csv", toy_rows(24))
+    with pytest.raises(ValueError, match=r"data\.evaluate"):
+        data_of(file, data__holdout=0.1)
+
+
+def test_the_best_adapter_needs_an_evaluation_set_apart(train: Path) -> None:
+    assert "run.save_best needs data.evaluate" in refusal(train, run__save_best=True)
+    with pytest.raises(ValueError, match=r"run.save_best needs data.holdout"):
+        config_of(train, run__save_best=True, data__holdout=0.0)
+
+
+# ---------------------------------------------------------------- tokens and batches
+
+TEXTS = ["the film was very good", "cold", "bad food and", "so warm a film but not very good food"]
+PAIRS = ["warm", "the food was bad", "so", "and"]
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
+@pytest.mark.parametrize("pairs", [None, PAIRS], ids=["single", "pairs"])
+def test_a_batch_is_what_the_tokenizer_itself_pads(kind: str, pairs: list[str] | None) -> None:
+    tokenizer = make_tokenizer(kind)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    examples = encode(Table("t", TEXTS, pairs, ["neg"] * 4), [0, 1, 0, 1], tokenizer, 32)
+    rows = np.array([3, 0, 2])
+    inputs, labels = examples.batch(rows, CPU)
+    texts, seconds = ([part[row] for row in rows] if part else None for part in (TEXTS, pairs))
+    want = tokenizer(texts, seconds, padding=True, padding_side="right", return_tensors="pt")
+    assert inputs.keys() == want.keys()
+    for name, tensor in inputs.items():
+        assert torch.equal(tensor, want[name]), name
+    assert labels.tolist() == [1, 0, 0]
+
+
+def test_pairs_of_bert_say_which_text_a_token_is_of() -> None:
+    examples = encode(Table("t", TEXTS, PAIRS, ["neg"] * 4), [0] * 4, make_tokenizer("bert"), 32)
+    inputs, _ = examples.batch(np.array([1, 0]), CPU)
+    assert inputs["token_type_ids"].tolist() == [
+        [0, 0, 0, 1, 1, 1, 1, 1, 0],  # [CLS] cold [SEP] the food was bad [SEP] [PAD]
+        [0, 0, 0, 0, 0, 0, 0, 1, 1],
+    ]
+    assert inputs["attention_mask"].sum(dim=1).tolist() == [8, 9]
+
+
+def test_texts_are_cut_to_the_longest_input() -> None:
+    tokenizer = make_tokenizer("bert")
+    examples = encode(Table("t", TEXTS, None, ["neg"] * 4), [0] * 4, tokenizer, 5)
+    assert examples.lengths.tolist() == [5, 3, 5, 5]
+    ends = [examples.inputs["input_ids"][row][-1] for row in range(4)]
+    assert set(ends) == {tokenizer.sep_token_id}
+    pairs = encode(Table("t", TEXTS, PAIRS, ["neg"] * 4), [0] * 4, tokenizer, 8)
+    assert max(pairs.lengths) == 8
+
+
+def test_pairs_of_a_file_reach_the_batches(tmp_path: Path) -> None:
+    rows = [
+        {"premise": text, "hypothesis": pair, "label": LABELS[n % 2]}
+        for n, (text, pair) in enumerate(zip(TEXTS * 6, PAIRS * 6, strict=True))
+    ]
+    data = data_of(write_lines(tmp_path / "a.jsonl", rows))
+    inputs, _ = data.train.batch(np.array([0]), CPU)
+    assert inputs["input_ids"].tolist() == make_tokenizer("bert")(TEXTS[:1], PAIRS[:1])["input_ids"]
