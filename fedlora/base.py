@@ -9,12 +9,14 @@ import difflib
 import hashlib
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -97,7 +99,7 @@ def load_base(
     ValueError where it cannot be loaded for these labels.
     """
     options: dict[str, Any] = {
-        "revision": settings.revision or None,
+        "revision": settings.revision or "main",
         "trust_remote_code": settings.trust_remote_code,
     }
     names = {
@@ -105,38 +107,67 @@ def load_base(
         "id2label": dict(enumerate(labels)),
         "label2id": {label: index for index, label in enumerate(labels)},
     }
-    try:
+    with _refusing(settings, f"for {len(labels)} labels"):
+        _check_head(settings, AutoConfig.from_pretrained(source, **options), labels)
         config = AutoConfig.from_pretrained(source, **names, **options)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            base, info = AutoModelForSequenceClassification.from_pretrained(
-                source,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"model.name = {settings.name!r} could not be loaded for {len(labels)} labels: {reason}"
-        ) from error
-    if info.get("mismatched_keys"):
-        raise ValueError(
-            f"model.name = {settings.name!r} brings a head for another number of labels than "
-            f"{len(labels)}: take the base without a head"
+        base, info = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
     return base, sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
 
 
-def load_tokenizer(settings: ModelSettings, source: str) -> Any:
-    """The model's tokenizer with a pad token; ValueError names one where it has none."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        source,
-        revision=settings.revision or "main",
-        trust_remote_code=settings.trust_remote_code,
-    )
+@contextmanager
+def _refusing(settings: ModelSettings, purpose: str) -> Iterator[None]:
+    """Turns whatever the libraries raise while loading into one line that names the setting."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"model.name = {settings.name!r} could not be loaded {purpose}: {reason}"
+        ) from error
+
+
+def _check_head(settings: ModelSettings, config: Any, labels: Sequence[str]) -> None:
+    """Refuses a head that was trained for other labels, or for the same ones in another order."""
+    if not any("ForSequenceClassification" in name for name in config.architectures or []):
+        return
+    if config.num_labels != len(labels):
+        raise ValueError(
+            f"it brings a head for another number of labels than {len(labels)}, "
+            f"{config.num_labels}: take the base without a head"
+        )
+    known = [config.id2label[index] for index in range(config.num_labels)]
+    if sorted(known) == sorted(labels) and known != list(labels):
+        raise ValueError(
+            f"its head knows the labels in the order {known}: set data.labels to that order"
+        )
+
+
+def load_tokenizer(settings: ModelSettings, source: str, embeddings: int) -> Any:
+    """The model's tokenizer with a pad token, for a model with so many token embeddings.
+
+    ValueError for one that does not belong to the model, or has no pad token (it names one).
+    """
+    with _refusing(settings, "with its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source,
+            revision=settings.revision or "main",
+            trust_remote_code=settings.trust_remote_code,
+        )
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError("there is no vocabulary beside the model")
+        if len(tokenizer) > embeddings:
+            raise ValueError(
+                f"the tokenizer knows {len(tokenizer)} tokens, the model only {embeddings}"
+            )
     if settings.pad_token:
         if settings.pad_token not in tokenizer.get_vocab():
             raise ValueError(f"model.pad_token = {settings.pad_token!r} is not in the vocabulary")

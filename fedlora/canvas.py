@@ -79,6 +79,7 @@ def draw_partition(counts: dict[str, list[int]], labels: list[str]) -> Figure:
     ax.set_yticks(places, clients)
     ax.invert_yaxis()
     ax.set_xlabel("rows", fontsize=9.5, color=GREY)
+    ax.set_ylabel("client", fontsize=9.5, color=GREY)
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": min(len(labels), 6)}
     ax.legend(frameon=False, fontsize=9.5, **place)
     return figure

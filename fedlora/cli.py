@@ -185,18 +185,20 @@ def main() -> None:
     except ValueError as error:
         sys.stderr.write(f"fedlora: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        sys.stderr.write("fedlora: interrupted\n")
-        raise SystemExit(130) from None
 
 
 def _run(config: Config) -> None:
     from fedlora.display import shown
-    from fedlora.run import execute, prepare
+    from fedlora.run import execute, prepare, run_folder
 
-    console = Console()
-    with shown(console) as watch:
-        folder = execute(prepare(config), watch)
+    console, folder = Console(), run_folder(config)
+    try:
+        with shown(console) as watch:
+            execute(prepare(config), watch)
+    except KeyboardInterrupt:
+        kept = f"; {folder} holds what was finished" if folder.is_dir() else ""
+        sys.stderr.write(f"fedlora: interrupted{kept}\n")
+        raise SystemExit(130) from None
     lines = [f"adapter  {folder / 'adapter'}", f"log      {folder / 'metrics.jsonl'}"]
     try:
         from fedlora.report import write_report

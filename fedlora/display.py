@@ -72,6 +72,8 @@ class _LiveTable:
         elif event == "fit":
             text = f"round {facts['round']}, client {facts['client']}"
             self.bar.update(self.task, description=text)
+        elif event == "evaluate":
+            self.bar.update(self.task, description=f"round {facts['round']}, evaluation")
         elif event == "fitted":
             self.bar.advance(self.task)
         elif event == "round":
@@ -84,7 +86,8 @@ class _LiveTable:
     def view(self) -> Group:
         table = Table(title=self.title, title_justify="left", box=None, pad_edge=False)
         own = self.clients if len(self.clients) <= COLUMNS else []
-        for heading in ("round", "global", *own, "loss", "train loss", "merge error", "MB", "s"):
+        named = [f"client {client}" if len(client) < 3 else client for client in own]
+        for heading in ("round", "global", *named, "loss", "train loss", "merge error", "MB", "s"):
             table.add_column(heading, justify="right")
         for record in self.records[-ROWS:]:
             table.add_row(*cells(record, own))

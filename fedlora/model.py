@@ -21,10 +21,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -54,7 +51,7 @@ class Model:
     labels: Sequence[str]
     device: torch.device
     dtype: torch.dtype
-    source: str
+    settings: ModelSettings
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -100,11 +97,11 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "init"))
         base, drawn = load_base(settings, source, labels)
-        tokenizer = load_tokenizer(settings, source)
+        tokenizer = load_tokenizer(settings, source, base.get_input_embeddings().num_embeddings)
         base.config.pad_token_id = tokenizer.pad_token_id
         network = _add_lora(base, settings, drawn)
     network.to(device=place, dtype=dtype)
-    model = Model(network, tokenizer, tuple(labels), place, dtype, settings.name)
+    model = Model(network, tokenizer, tuple(labels), place, dtype, settings)
     for parameter in model.parameters.values():
         parameter.data = parameter.data.float()
     train_only(model, frozenset())
@@ -129,6 +126,14 @@ def write_adapter(model: Model, adapter: Adapter) -> None:
 
     ValueError (and nothing written) unless it fits and is finite.
     """
+    check_fits(model, adapter)
+    with torch.no_grad():
+        for name, tensor in flatten(adapter).items():
+            model.parameters[name].copy_(tensor)
+
+
+def check_fits(model: Model, adapter: Adapter) -> None:
+    """ValueError unless names, shapes and scalings are the model's and every number is finite."""
     parameters = model.parameters
     tensors = flatten(adapter)
     if tensors.keys() != parameters.keys():
@@ -142,16 +147,13 @@ def write_adapter(model: Model, adapter: Adapter) -> None:
                 f"{tuple(parameters[name].shape)}"
             )
         if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name!r} holds NaN or Inf and was not written to the model")
+            raise ValueError(f"{name!r} holds NaN or Inf: it is not written to a model")
     for layer, scaling in model.scalings.items():
         if adapter.layers[layer].scaling != scaling:
             raise ValueError(
                 f"layer {layer!r} comes with scaling {adapter.layers[layer].scaling}, "
                 f"the model was made with {scaling}: rescale it first"
             )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
 
 
 def train_only(model: Model, parts: Iterable[Part]) -> dict[str, nn.Parameter]:
@@ -173,7 +175,7 @@ def save_adapter(model: Model, adapter: Adapter, folder: Path) -> None:
     """
     write_adapter(model, adapter)
     config = model.network.peft_config["default"]
-    config.base_model_name_or_path = portable_name(model.source)
+    config.base_model_name_or_path = portable_name(model.settings.name)
     with new_folder(folder) as temporary:
         model.network.save_pretrained(
             temporary, safe_serialization=True, save_embedding_layers=False
@@ -182,14 +184,10 @@ def save_adapter(model: Model, adapter: Adapter, folder: Path) -> None:
 
 
 def save_merged(model: Model, adapter: Adapter, folder: Path) -> None:
-    """Writes the base model with the adapter merged into its weights, and the tokenizer, as one
-    model.
-    """
-    base = AutoModelForSequenceClassification.from_pretrained(
-        model_source(model.source),
-        config=model.network.base_model.model.config,
-        use_safetensors=True,
-    )
+    """Writes base, merged adapter and tokenizer as one model; `folder` must be new."""
+    with torch.random.fork_rng(devices=[]):  # what the base lacks is drawn, then overwritten below
+        base, _ = load_base(model.settings, model_source(model.settings.name), model.labels)
+    base.config.pad_token_id = model.tokenizer.pad_token_id
     tensors = base.state_dict()
     for name, factors in adapter.layers.items():
         W = tensors[f"{name}.weight"]
@@ -259,6 +257,8 @@ def load_adapter(model: Model, folder: Path) -> Adapter:
             f"{file} lacks {missing[0]!r} ({len(missing)} missing): other model or head"
         )
     try:
-        return overlay(tensors, start)
+        adapter = overlay(tensors, start)
+        check_fits(model, adapter)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    return adapter

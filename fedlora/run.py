@@ -96,8 +96,8 @@ def prepare(config: Config) -> Job:
 def execute(job: Job, watch: Watch = lambda event, facts: None) -> Path:
     """Trains, merges, evaluates and logs every round, then saves; returns the run directory.
 
-    Events: `start`, then per round `fit` and `fitted` (each client) and `round`, at last `done`.
-    Ctrl-C leaves a readable directory with the adapter of the last finished round;
+    Events: `start`, then per round `fit` and `fitted` (each client), `evaluate` and `round`, at
+    last `done`. Ctrl-C leaves a readable directory with the adapter of the last finished round;
     KeyboardInterrupt goes on.
     """
     sizes = {
@@ -129,6 +129,7 @@ def _rounds(job: Job, watch: Watch) -> Iterator[tuple[Record, dict[str, Adapter]
 
     def scored(step: Step | None, adapters: dict[str, Adapter], began: float) -> Any:
         round = step.round if step else 0
+        watch("evaluate", {"round": round})
         reached = perf_counter()
         shared, heldout = _evaluated(job.model, data, config, round, adapters)
         spent = perf_counter() - reached

@@ -102,7 +102,7 @@ class DataSettings:
     holdout: float = setting(
         0.1, "share of each client's rows held out of its training", low=0, high=0.9
     )
-    limit: int = setting(0, "use at most so many training rows, drawn by the seed; 0: all", low=0)
+    limit: int = setting(0, "rows to draw, by the seed, from a single training file; 0: all", low=0)
     quoting: str = setting(
         "auto",
         "of csv and tsv; auto: csv quoted, tsv not (GLUE's way)",

@@ -1,0 +1,88 @@
+"""The docs say what the code says now, and nothing about the place where it is written."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import tomllib
+from pathlib import Path
+
+from fedlora.adapter import Factors
+from fedlora.cli import app
+from fedlora.config import make_config
+from fedlora.rules import rule_names
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_generated_pages_are_fresh() -> None:
+    stale = runpy.run_path(str(ROOT / "docs" / "generate.py"))["stale"]
+    assert stale() == [], "run `make docs` and commit what changed"
+
+
+def test_concept_drawings_are_what_their_script_draws(tmp_path: Path) -> None:
+    draw = runpy.run_path(str(ROOT / "docs" / "figures" / "draw_concepts.py"))["main"]
+    draw(["--out", str(tmp_path)])
+    for name in ("lora.svg", "architecture.svg"):
+        drawn, kept = (tmp_path / name).read_text(), (ROOT / "docs" / "figures" / name).read_text()
+        assert _words(drawn) == _words(kept), f"draw {name} anew with docs/figures/draw_concepts.py"
+
+
+def test_every_link_in_the_readme_leads_to_a_file() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
+    missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    assert len(links) > 5
+    assert missing == []
+
+
+def test_the_readme_names_every_command_and_rule() -> None:
+    text = (ROOT / "README.md").read_text()
+    callbacks = [command.callback for command in app.registered_commands]
+    commands = [callback.__name__ for callback in callbacks if callback]
+    assert len(commands) >= 8
+    assert [name for name in commands if f"fedlora {name}" not in text] == []
+    assert [name for name in rule_names() if f"`{name}`" not in text] == []
+
+
+def test_the_readmes_python_runs_and_its_config_is_valid() -> None:
+    text = (ROOT / "README.md").read_text()
+    python = [block for block in _blocks(text, "python") if "get_rule" in block]
+    toml = _blocks(text, "toml")
+    assert len(python) == 1
+    assert len(toml) == 1
+    names: dict[str, object] = {}
+    exec(python[0], names)
+    assert isinstance(names["merged"], Factors)
+    assert (names["merged"].rank, names["merged"].shape) == (8, (768, 384))
+    tables = tomllib.loads(toml[0])
+    flat = {
+        f"{table}.{key}": value for table, keys in tables.items() for key, value in keys.items()
+    }
+    assert make_config(flat).merge.rule == "fra"
+
+
+def test_nothing_in_the_project_names_a_private_place() -> None:
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False
+    ).stdout
+    if not listed:  # an installed copy without its repository: nothing to check
+        listed = "\0".join(str(path) for path in ROOT.rglob("*.py"))
+    here = Path(__file__).name
+    pattern = re.compile(r"(^|[^A-Za-z])/(work|opt|home|root)/")
+    found = [
+        name
+        for name in listed.split("\0")
+        if name.endswith((".py", ".md", ".toml", ".txt")) and Path(name).name != here
+        if pattern.search((ROOT / name).read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+def _blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
+
+
+def _words(svg: str) -> list[str]:
+    """The texts of a drawing, which do not depend on matplotlib's version."""
+    return re.findall(r"<!-- (.*?) -->", svg)
