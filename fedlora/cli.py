@@ -125,6 +125,8 @@ def predict(
     if out is None:
         sys.stdout.write(text)
         return
+    if not out.parent.is_dir():
+        raise ValueError(f"there is no folder {out.parent} to write {out.name} to")
     if out.exists():
         raise ValueError(f"{out} exists already; nothing was written: name another file")
     out.write_text(text, encoding="utf-8")
@@ -182,7 +184,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"fedlora: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from error
 

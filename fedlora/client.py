@@ -46,7 +46,11 @@ def make_fit(model: Model, data: Data, config: Config) -> Fit:
             torch.manual_seed(derive(config.run.seed, "client", client, round))
             training = _train(model, data, config, client, round, plan, state)
         trained = read_adapter(model)
-        if not math.isfinite(training.metrics["train_loss"]):
+        numbers = flatten(trained).values()
+        if not (
+            math.isfinite(training.metrics["train_loss"])
+            and all(bool(torch.isfinite(tensor).all()) for tensor in numbers)
+        ):
             raise ValueError(
                 f"client {client}: training diverged in round {round} (loss "
                 f"{training.metrics['train_loss']}): lower client.lr, now {config.client.lr}"

@@ -83,7 +83,9 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
         if not isinstance(values, dict):
             raise ValueError(f"[{section}] in {source} must be a table")
         flat |= {f"{section}.{key}": value for key, value in values.items()}
-    return make_config(_anchored(flat, source.parent) | parse_overrides(overrides))
+    return make_config(
+        _anchored(flat, source.parent) | _anchored(parse_overrides(overrides), Path.cwd())
+    )
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:

@@ -93,16 +93,19 @@ def read_silos(config: Config) -> Silos:
         column = config.partition.column if config.partition.by == "column" else ""
         table, parts = read_table(settings.train, settings, column), {}
     labels = list(settings.labels) or sorted_labels(table.labels)
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"data.labels lists {twice[0]!r} twice: each label has one id")
     if settings.clients and not settings.labels:
         raise ValueError(
-            "data.labels must list the labels when each client has its own file, so that all agree on "
-            f"their order; found: labels = {_quoted(labels)}"
+            "data.labels must list the labels when each client has its own file, so that all "
+            f"agree on their order; found: labels = {_quoted(labels)}"
         )
     if len(labels) < 2:
         raise ValueError(f"{table.source} has the single label {labels[0]!r}: nothing to learn")
     ids = label_ids(table, labels)
     if not settings.clients:
         parts = _dealt(config, table, ids)
+    _check_names(parts, config.partition.column)
     _check_classes(config, parts, ids, labels)
     source = evaluation_source(settings)
     evaluation = read_table(source, settings) if source else None
@@ -131,6 +134,11 @@ def tokenised(config: Config, silos: Silos, tokenizer: Any) -> Data:
     train = encode(silos.table, silos.label_ids, tokenizer, config.data.max_length)
     if silos.evaluation is None:
         pooled = np.sort(np.concatenate(list(heldout.values())))
+        if pooled.size == 0:
+            raise ValueError(
+                f"data.holdout = {config.data.holdout} of so few rows holds out none, and there "
+                "is no data.evaluate: set it, or hold out more"
+            )
         return Data(train, rows, heldout, train, pooled)
     ids = label_ids(silos.evaluation, silos.labels)
     evaluation = encode(silos.evaluation, ids, tokenizer, config.data.max_length)
@@ -138,7 +146,10 @@ def tokenised(config: Config, silos: Silos, tokenizer: Any) -> Data:
 
 
 def encode(table: Table, ids: Sequence[int], tokenizer: Any, max_length: int) -> Examples:
-    """The table's texts as token numbers, cut to `max_length`, not padded."""
+    """The table's texts as token numbers, cut to `max_length`, not padded.
+
+    ValueError, with its row, for a text without a single token.
+    """
     encoded = tokenizer(table.texts, table.pairs, truncation=True, max_length=max_length)
     padding = {
         "input_ids": tokenizer.pad_token_id,
@@ -150,6 +161,9 @@ def encode(table: Table, ids: Sequence[int], tokenizer: Any, max_length: int) ->
         if name in encoded
     }
     lengths = np.array([row.size for row in inputs["input_ids"]], dtype=np.int64)
+    if not lengths.all():
+        row = int(np.argmin(lengths)) + 1
+        raise ValueError(f"{table.source}, row {row}: the text is empty, it has no token to read")
     return Examples(inputs, np.array(ids, dtype=np.int64), lengths, padding)
 
 
@@ -200,13 +214,24 @@ def _dealt(config: Config, table: Table, ids: list[int]) -> Parts:
     return {client: chosen[rows] for client, rows in parts.items()}
 
 
+def _check_names(parts: Parts, column: str) -> None:
+    """A client's name is also the name of its folder in the run directory."""
+    for client in parts:
+        if client in ("", ".", "..") or any(mark in client for mark in "/\\\0"):
+            place = f"column {column!r}" if column else "data.clients"
+            raise ValueError(
+                f"{place} names a client {client!r}: a name is a folder of the run directory too, "
+                "so it must not be empty or hold a slash"
+            )
+
+
 def _check_classes(config: Config, parts: Parts, ids: list[int], labels: list[str]) -> None:
     for client, counts in partition.label_counts(parts, ids, len(labels)).items():
         held = [label for label, count in zip(labels, counts, strict=True) if count]
         if len(held) == 1 and config.partition.single_class == "refuse":
             raise ValueError(
-                f"client {client} holds the single label {held[0]!r}: change the partition, or allow "
-                "it with partition.single_class = 'allow'"
+                f"client {client} holds the single label {held[0]!r}: change the partition, or "
+                "allow it with partition.single_class = 'allow'"
             )
 
 

@@ -200,6 +200,12 @@ def save_merged(model: Model, adapter: Adapter, folder: Path) -> None:
         model.tokenizer.save_pretrained(temporary)
 
 
+def longest_input(model: Model) -> int:
+    """The most tokens that model and tokenizer take (no limit known: a very large number)."""
+    positions = getattr(model.network.base_model.model.config, "max_position_embeddings", None)
+    return min(int(positions or 10**9), int(min(model.tokenizer.model_max_length, 10**9)))
+
+
 def parameter_counts(model: Model) -> tuple[int, int]:
     """(numbers in the adapter, numbers in the base model), head counted once on either side."""
     own = {id(parameter) for parameter in model.parameters.values()}

@@ -23,6 +23,7 @@ from fedlora.files import write_text
 from fedlora.model import (
     Model,
     load_model,
+    longest_input,
     parameter_counts,
     read_adapter,
     save_adapter,
@@ -89,6 +90,11 @@ def prepare(config: Config) -> Job:
         device=config.run.device,
         precision=config.run.precision,
     )
+    if config.data.max_length > longest_input(model):
+        raise ValueError(
+            f"data.max_length = {config.data.max_length} is more than the model reads: "
+            f"take at most {longest_input(model)}"
+        )
     data = tokenised(config, silos, model.tokenizer)
     return Job(config, silos, data, model, read_adapter(model))
 

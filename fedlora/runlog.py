@@ -36,6 +36,9 @@ def check_new(folder: Path) -> None:
             f"run directory {folder} exists already and was not touched: choose another with "
             "--set run.out=DIR or --set run.name=NAME, or remove it"
         )
+    there = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"run directory {folder} cannot be made: {there} takes no new folder")
 
 
 def read_config(folder: Path) -> Config:
@@ -124,7 +127,7 @@ Load it with `PeftModel.from_pretrained(base, folder)` on the base named above, 
 """
 
 
-def megabytes(count: float) -> str:
+def megabytes(count: int) -> str:
     """A byte count for people: MB are 10^6 bytes."""
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +113,7 @@ def label_ids(table: Table, labels: Sequence[str]) -> list[int]:
 def sorted_labels(labels: Iterable[str]) -> list[str]:
     """Distinct labels in a fixed order: by number if all are whole numbers, else as text."""
     distinct = set(labels)
-    numbers = all(label.lstrip("-").isdigit() for label in distinct)
+    numbers = all(re.fullmatch(r"-?[0-9]+", label) for label in distinct)
     return sorted(distinct, key=lambda label: (int(label) if numbers else 0, label))
 
 
@@ -165,8 +166,10 @@ def _separated_rows(source: str, quoting: str) -> list[Row]:
             header = next(reader, None)
             if header is None:
                 raise ValueError(f"{source} is empty")
+            if twice := [name for name in header if header.count(name) > 1]:
+                raise ValueError(f"{source} has two columns called {twice[0]!r}: rename one")
             rows = []
-            for values in reader:
+            for values in filter(None, reader):  # without empty lines
                 if len(values) != len(header):
                     raise ValueError(
                         f"{source}, line {reader.line_num}: {len(values)} columns where the header "
@@ -182,7 +185,7 @@ def _separated_rows(source: str, quoting: str) -> list[Row]:
 
 def _json_rows(source: str, quoting: str) -> list[Row]:
     rows: list[Row] = []
-    with open(source, encoding="utf-8") as file:
+    with open(source, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -245,14 +248,14 @@ def _present(source: str, row: Row, column: str, setting: str) -> None:
 
 
 def _text_columns(source: str, row: Row, settings: DataSettings) -> tuple[str, str]:
+    for column, setting in ((settings.text, "data.text"), (settings.pair, "data.pair")):
+        if column:
+            _present(source, row, column, setting)
     if settings.text:
-        _present(source, row, settings.text, "data.text")
-        if settings.pair:
-            _present(source, row, settings.pair, "data.pair")
         return settings.text, settings.pair
     for text, pair in TEXT_COLUMNS:
         if text in row and (not pair or pair in row):
-            return text, pair
+            return text, settings.pair or pair
     raise ValueError(
         f"{source}: which column is the text? Set data.text to one of {', '.join(row)}"
     )
