@@ -183,7 +183,7 @@ def test_an_empty_value_names_no_client(tmp_path: Path) -> None:
     """'' stands for the adapter that all share, and a client is a folder of the run directory."""
     rows = [("good", LABELS[n // 2 % 2], ("", "site")[n % 2]) for n in range(16)]
     file = write_csv(tmp_path / "a.csv", rows, ("text", "label", "site"))
-    assert "site" in refusal(file, partition__by="column", partition__column="site")
+    assert "''" in refusal(file, partition__by="column", partition__column="site")
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "/etc"])
@@ -310,6 +310,16 @@ def test_texts_are_cut_to_the_longest_input() -> None:
     assert max(pairs.lengths) == 8
 
 
+def test_a_text_without_a_token_is_refused_with_its_row() -> None:
+    """GPT-2 adds no token of its own: a batch of empty texts would have no width."""
+    tokenizer = make_tokenizer("gpt2")
+    tokenizer.pad_token = "<eos>"
+    table = Table("new.csv", ["good", "", "bad"], None, ["neg"] * 3)
+    with pytest.raises(ValueError, match=r"new\.csv, row 2"):
+        encode(table, [0] * 3, tokenizer, 8)
+    assert encode(table, [0] * 3, make_tokenizer("bert"), 8).lengths.tolist() == [3, 2, 3]
+
+
 def test_pairs_of_a_file_reach_the_batches(tmp_path: Path) -> None:
     rows = [
         {"premise": text, "hypothesis": pair, "label": LABELS[n % 2]}
@@ -318,3 +328,15 @@ def test_pairs_of_a_file_reach_the_batches(tmp_path: Path) -> None:
     data = data_of(write_lines(tmp_path / "a.jsonl", rows))
     inputs, _ = data.train.batch(np.array([0]), CPU)
     assert inputs["input_ids"].tolist() == make_tokenizer("bert")(TEXTS[:1], PAIRS[:1])["input_ids"]
+
+
+def test_published_files_are_dealt_without_edits(data_folder: Path) -> None:
+    sst2, mnli = data_folder / "sst2", data_folder / "mnli"
+    silos = silos_of(sst2 / "train.tsv", data__evaluate=str(sst2 / "dev.tsv"))
+    assert silos.labels == ["0", "1"]
+    assert sum(silos.label_ids) == 37_569
+    assert np.sum(list(silos.counts.values()), axis=0).tolist() == [67_349 - 37_569, 37_569]
+    assert silos.evaluation is not None
+    silos = silos_of(mnli / "train_10k.jsonl", data__evaluate=str(mnli / "dev_matched.jsonl"))
+    assert silos.labels == ["contradiction", "entailment", "neutral"]
+    assert np.sum(list(silos.counts.values()), axis=0).tolist() == [3_349, 3_213, 3_326]

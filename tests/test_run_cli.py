@@ -1,0 +1,293 @@
+"""The command line on whole runs: what it prints, what it refuses, and with which exit code."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from bench import Place, records, summary
+from tiny import LABELS, toy_rows, write_csv
+
+from fedlora.cli import main
+from fedlora.runlog import read_config
+
+pytest_plugins = ["tiny"]
+Tiny = Callable[[str], Path]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command said and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Cli:
+    """The command line in this process, in the folder of a config file."""
+
+    def __init__(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.place, self.monkeypatch, self.capsys = place, monkeypatch, capsys
+        self.file = place.folder / "config.toml"
+        self.file.write_text(place.config().toml(), encoding="utf-8")
+        monkeypatch.chdir(place.folder)
+        monkeypatch.setenv("COLUMNS", "120")
+
+    def __call__(self, *arguments: object) -> Said:
+        self.monkeypatch.setattr(sys, "argv", ["fedlora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = self.capsys.readouterr()
+        return Said(int(ended.value.code or 0), captured.out, captured.err)
+
+    def run(self, *changes: str) -> Said:
+        sets = [part for change in changes for part in ("--set", change)]
+        return self("run", self.file, *sets)
+
+
+@pytest.fixture
+def cli(
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Cli:
+    return Cli(Place(tiny("bert"), tmp_path), monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run with named labels and local heads beside one for all."""
+    place = Place(tiny("bert"), tmp_path_factory.mktemp("finished"))
+    names = {"data__labels": list(LABELS), "data__label_names": ["bad", "nice"]}
+    place.run("own", merge__head="local", run__rounds=1)
+    return place.run("run", **names)
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_a_run_into_a_pipe_is_one_line_a_round(cli: Cli) -> None:
+    said = cli.run("run.rounds=3")
+    folder = cli.place.folder / "run"
+    assert (said.code, said.err) == (0, "")
+    lines = said.out.splitlines()
+    assert lines[0] == f"{folder}: 3 clients, 36 training rows"
+    log = records(folder)
+    for round, line in enumerate(lines[1:5]):
+        assert line.startswith(f"round {round}/3  accuracy {log[round]['global']['accuracy']:.1%}")
+    assert len(lines) == 4 + 1 + 3
+    assert lines[-3:] == [
+        f"adapter  {folder / 'adapter'}",
+        f"figure   {folder / 'report.png'}",
+        f"log      {folder / 'metrics.jsonl'}",
+    ]
+    assert all(Path(line.split(maxsplit=1)[1]).exists() for line in lines[-3:])
+    assert "\x1b" not in said.out
+
+
+def test_overrides_with_relative_paths_are_still_right_in_the_run_directory(cli: Cli) -> None:
+    """Paths on the command line are meant from the working directory, those in a file from its."""
+    said = cli.run(
+        "data.train=train.csv", "data.evaluate=dev.csv", "run.out=deep/er", "run.rounds=1"
+    )
+    assert said.code == 0
+    kept = read_config(cli.place.folder / "deep" / "er")
+    assert Path(kept.data.train) == cli.place.train
+    assert Path(kept.data.evaluate) == cli.place.dev
+
+
+@pytest.mark.slow
+def test_an_interrupt_from_the_keyboard_leaves_a_readable_run(cli: Cli) -> None:
+    place = cli.place
+    command = [sys.executable, "-c", "from fedlora.cli import main; main()", "run", str(cli.file)]
+    process = subprocess.Popen(
+        [*command, "--set", "run.rounds=10000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        for line in process.stdout or ():
+            if line.startswith("round 2/"):
+                break
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert err.startswith("fedlora: interrupted")
+    assert len(err.splitlines()) == 1
+    folder = place.folder / "run"
+    assert summary(folder)["interrupted"] is True
+    assert summary(folder)["rounds"] == records(folder)[-1]["round"] >= 2
+    for said in (cli("report", folder), cli("evaluate", folder, place.dev)):
+        assert (said.code, said.err) == (0, "")
+
+
+# ---------------------------------------------------------------- mistakes
+
+MISTAKES = [
+    ("run.nmae=x", "unknown setting 'run.nmae'; did you mean 'run.name'?"),
+    ("client.steps=0", "client.steps = 0 is out of range"),
+    ("client.lr=fast", "client.lr = 'fast' is not a number"),
+    ("merge.rule=frra", "unknown rule 'frra'; did you mean 'fra'?"),
+    ("merge.options.gague=balanced", "did you mean 'gauge'?"),
+    ("run.mode=centrall", "did you mean 'central'?"),
+    ("noequals", "has no '='"),
+    ("data.train=nosuch.csv", "nosuch.csv"),
+    ("data.text=txet", "did you mean 'text'?"),
+    ('data.labels=["neg", "psoitive"]', "row 2: unknown label 'pos'"),
+    ("data.evaluate=header.csv", "header.csv has no rows"),
+    ("data.holdout=0", "run.save_best needs data.holdout"),
+    ("partition.by=column", "partition.by = 'column' needs partition.column"),
+    ("partition.clients=60", "would hold no rows"),
+    ("model.name=/no/such/model", "could not be loaded"),
+    ("model.targets=quary", "did you mean 'query'?"),
+    ("model.rank=99", "take at most 32"),
+    ("model.pad_token=<nope>", "is not in the vocabulary"),
+    ("run.device=mps", "is not available here"),
+    ("data.max_length=33", "data.max_length"),
+    ("run.out=train.csv/run", "train.csv"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), MISTAKES, ids=[change for change, _ in MISTAKES])
+def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_no_run(
+    cli: Cli, change: str, words: str
+) -> None:
+    long = " ".join(["good"] * 60)
+    write_csv(cli.place.train, [*toy_rows(48), (long, "pos")])
+    write_csv(cli.place.folder / "header.csv", [])
+    before = sorted(cli.place.folder.rglob("*"))
+    said = cli.run("run.save_best=true", change)
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith("fedlora: ")
+    assert len(said.err.splitlines()) == 1
+    assert words in said.err
+    assert sorted(cli.place.folder.rglob("*")) == before
+
+
+def test_a_run_directory_is_never_written_over(cli: Cli) -> None:
+    folder = cli.place.folder / "run"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    said = cli.run()
+    assert said.code == 2
+    assert "exists already and was not touched" in said.err
+    assert [file.name for file in folder.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "nosuch.toml"], "cannot read the config nosuch.toml"),
+        (["run", "broken.toml"], "broken.toml is not valid TOML"),
+        (["run", "section.toml"], "unknown section 'modle'; did you mean 'model'?"),
+        (["evaluate", "nosuch", "dev.csv"], "nosuch is not a run directory"),
+        (["evaluate", "{run}", "nosuch.csv"], "nosuch.csv"),
+        (["evaluate", "{run}", "other.csv"], "row 1: unknown label 'poss'; did you mean 'pos'?"),
+        (["evaluate", "{run}", "dev.csv", "--client", "0"], "it has one for all"),
+        (["evaluate", "{own}", "dev.csv"], "choose one of 0, 1, 2 with --client"),
+        (["evaluate", "{own}", "dev.csv", "--client", "7"], "no adapter of client '7'"),
+        (["predict", "nosuch", "dev.csv"], "nosuch is not a run directory"),
+        (["predict", "{run}", "dev.csv", "-o", "dev.csv"], "exists already; nothing was written"),
+        (["predict", "{run}", "dev.csv", "-o", "no/such/folder.csv"], "no/such"),
+        (["predict", "{run}", "untitled.csv"], "which column is the text?"),
+        (["report", "nosuch"], "'nosuch' is not a run directory"),
+        (["report", "{run}", "{own}"], "2 runs and no folder to write to"),
+        (["rules", "frra"], "unknown rule 'frra'; did you mean 'fra'?"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_with_other_commands_are_one_line_too(
+    cli: Cli, finished: Path, arguments: list[str], words: str
+) -> None:
+    folder = cli.place.folder
+    (folder / "broken.toml").write_text("[run\n")
+    (folder / "section.toml").write_text("[modle]\nrank = 3\n")
+    write_csv(folder / "other.csv", [["good", "poss"]])
+    write_csv(folder / "untitled.csv", [["good", "x"]], ["comment", "verdict"])
+    runs = {"run": finished, "own": finished.parent / "own"}
+    said = cli(*(argument.format(**runs) for argument in arguments))
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith("fedlora: ")
+    assert len(said.err.splitlines()) == 1
+    assert words in said.err
+
+
+# ---------------------------------------------------------------- after a run
+
+
+def test_evaluate_prints_the_scores_of_the_log(cli: Cli, finished: Path) -> None:
+    said = cli("evaluate", finished, finished.parent / "dev.csv")
+    assert (said.code, said.err) == (0, "")
+    final, confusion = (summary(finished)[key] for key in ("final", "confusion"))
+    printed = [line.split() for line in said.out.splitlines()]
+    assert printed[0] == ["accuracy", f"{final['accuracy']:.4f}"]
+    assert printed[1] == ["macro_f1", f"{final['macro_f1']:.4f}"]
+    assert printed[2] == ["loss", f"{final['loss']:.4f}"]
+    assert printed[3] == ["examples", "20"]
+    assert printed[-2:] == [
+        [name, *map(str, row)] for name, row in zip(("bad", "nice"), confusion, strict=True)
+    ]
+
+
+def test_predictions_are_one_row_a_text_and_agree_with_the_scores(cli: Cli, finished: Path) -> None:
+    rows = toy_rows(20, seed=9)
+    file = write_csv(cli.place.folder / "new.csv", [[text] for text, _ in rows], ["text"])
+    said = cli("predict", finished, file)
+    assert (said.code, said.err) == (0, "")
+    told = list(csv.DictReader(io.StringIO(said.out)))
+    assert list(told[0]) == ["text", "label", "p(bad)", "p(nice)"]
+    assert [row["text"] for row in told] == [text for text, _ in rows]
+    for row in told:
+        bad, nice = float(row["p(bad)"]), float(row["p(nice)"])
+        assert bad + nice == pytest.approx(1, abs=2e-6)
+        assert row["label"] == ("nice" if nice > bad else "bad")
+    names = dict(zip(LABELS, ("bad", "nice"), strict=True))
+    right = sum(row["label"] == names[label] for row, (_, label) in zip(told, rows, strict=True))
+    assert right / 20 == summary(finished)["final"]["accuracy"]
+    said = cli("predict", finished, file, "-o", "answers.csv")
+    assert said.code == 0
+    assert list(csv.DictReader(io.StringIO(Path("answers.csv").read_text()))) == told
+
+
+def test_each_clients_own_adapter_can_be_asked(cli: Cli, finished: Path) -> None:
+    own, dev = finished.parent / "own", finished.parent / "dev.csv"
+    last = records(own)[-1]["clients"]
+    printed = {c: cli("evaluate", own, dev, "--client", c).out for c in last}
+    assert all(out.startswith("accuracy") for out in printed.values())
+    assert len(set(printed.values())) == 3
+
+
+def test_a_partition_is_shown_before_anything_is_trained(cli: Cli) -> None:
+    said = cli("partition", cli.file, "--set", "partition.clients=2")
+    assert (said.code, said.err) == (0, "")
+    lines = [line.split() for line in said.out.splitlines()]
+    assert lines[0] == ["client", "neg", "pos", "rows"]
+    assert ["0", "12", "12", "24"] in lines
+    assert ["1", "12", "12", "24"] in lines
+    assert "48 of 48 rows" in said.out
+    assert not (cli.place.folder / "run").exists()
+
+
+def test_a_report_of_several_runs_is_written_where_asked(cli: Cli, finished: Path) -> None:
+    said = cli("report", finished, finished.parent / "own", "-o", "both")
+    assert (said.code, said.err) == (0, "")
+    assert said.out.split() == ["both/report.png", "both/report.svg", "both/report.md"]
+    assert all(Path(path).stat().st_size > 100 for path in said.out.split())
