@@ -1,0 +1,138 @@
+"""Deliberate bugs of the border: models, files, local training, evaluation, runs.
+
+    python tests/mutants_border.py [--list] [--only NAME]
+
+Same form and same hunt as in mutants.py.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import mutants
+
+# fmt: off
+MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
+    # ------------------------------------------------------------ the model
+    ("read-shares-storage", "model.py",
+     'parameter.detach().to("cpu", torch.float32, copy=True)', "parameter.detach()",
+     "PEFT's own getter does: results change under the server's hands", "model"),
+    ("unseeded-start", "model.py", 'torch.manual_seed(derive(seed, "init"))', "pass",
+     "every seed starts from the same A, every process from another", "model"),
+    ("loads-with-global-draws", "model.py",
+     'with torch.random.fork_rng(devices=[]):\n        torch.manual_seed(derive(seed, "init"))',
+     'if True:\n        torch.manual_seed(derive(seed, "init"))',
+     "loading a model shifts everybody's random numbers", "model"),
+    ("unchecked-write", "model.py",
+     "check_fits(model, adapter)\n    with torch.no_grad():", "with torch.no_grad():",
+     "NaN and missing tensors go in, as with set_peft_model_state_dict", "model"),
+    ("unchecked-load", "model.py",
+     "adapter = overlay(tensors, start)\n        check_fits(model, adapter)",
+     "adapter = overlay(tensors, start)", "an adapter of another rank is read", "peft_roundtrip"),
+    ("trains-everything", "model.py", "parameter.requires_grad_(part in wanted)",
+     "parameter.requires_grad_(True)", "gradients reach A in FFA and a frozen head", "model"),
+    ("drawn-modules-frozen", "model.py", "modules_to_save=extra or None", "modules_to_save=None",
+     "a random pre_classifier stays random, and another one after loading", "model"),
+    ("conv1d-not-transposed", "model.py",
+     "(delta.T if isinstance(base.get_submodule(name), Conv1D) else delta)",
+     "delta.reshape(W.shape)", "GPT-2 merged sideways", "peft_roundtrip"),
+    ("merged-unscaled", "model.py", "delta = increment(factors)", "delta = factors.B @ factors.A",
+     "alpha / r forgotten in the exported model", "peft_roundtrip"),
+    ("merged-without-head", "model.py", "tensors[name].copy_(tensor)", "pass",
+     "the exported model guesses with a random head", "peft_roundtrip"),
+    ("absolute-path-saved", "model.py", "portable_name(model.settings.name)",
+     "model.settings.name", "a private path travels with the adapter", "peft_roundtrip"),
+    ("half-a-folder", "files.py", "shutil.rmtree(temporary, ignore_errors=True)", "pass",
+     "an interrupted save leaves its pieces", "peft_roundtrip"),
+    ("conv1d-shape-as-stored", "base.py",
+     "(columns, rows) if isinstance(module, Conv1D) else (rows, columns)", "(rows, columns)",
+     "GPT-2's layers are said to be n x m", "base"),
+    ("empty-tokenizer-let-in", "base.py",
+     "if len(tokenizer) <= len(tokenizer.all_special_tokens):", "if False:",
+     "every word is unknown, and training goes on", "base"),
+    # ------------------------------------------------------------ files and tokens
+    ("tsv-with-quotes", "tables.py", '(quoting == "auto" and tabs)', "False",
+     "GLUE's bare quotes swallow rows", "tables"),
+    ("labels-as-each-file-has-them", "tables.py",
+     "ids = {label: index for index, label in enumerate(labels)}",
+     "ids = {label: index for index, label in enumerate(dict.fromkeys(table.labels))}",
+     "one client's 0 is another's 1", "tables data"),
+    ("central-order-ignored", "data.py", "list(settings.labels) or sorted_labels(table.labels)",
+     "sorted_labels(table.labels)", "data.labels is read and forgotten", "data"),
+    ("heldout-rows-trained-on", "data.py",
+     "rows[client], heldout[client] = partition.split_off(",
+     "rows[client], (_, heldout[client]) = own, partition.split_off(",
+     "clients are judged by what they were taught", "data"),
+    ("holdout-alike-for-all", "data.py", 'config.run.seed, "holdout", client)',
+     'config.run.seed, "holdout")', "clients of one size hold out the same places", "data"),
+    ("mask-inverted", "data.py", "torch.from_numpy(mask.astype(np.int64))",
+     "torch.from_numpy((~mask).astype(np.int64))", "the model reads the padding", "data"),
+    ("padded-with-zero", "data.py",
+     "np.full((len(rows), width), self.padding[name], dtype=np.int64)",
+     "np.zeros((len(rows), width), dtype=np.int64)",
+     "RoBERTa's 0 is a word, and Llama looks for the last one", "data"),
+    ("pairs-run-together", "data.py",
+     '"token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),', "",
+     "BERT is not told where the second text begins", "data"),
+    # ------------------------------------------------------------ training
+    ("dropout-alike-for-all", "client.py", 'derive(config.run.seed, "client", client, round)',
+     'derive(config.run.seed, "client")', "all clients drop the same neurons, each round",
+     "client"),
+    ("trains-with-global-draws", "client.py",
+     "with torch.random.fork_rng(_cuda_index(model)):", "if True:",
+     "who trains first decides what others draw", "client"),
+    ("train-mode-forgotten", "client.py", "model.network.train()", "pass",
+     "dropout depends on what was done last", "client"),
+    ("moments-always-kept", "client.py",
+     'kept = _moments(optimiser, parameters) if settings.optimiser == "keep" else {}',
+     "kept = _moments(optimiser, parameters)", "`reset` does nothing", "client"),
+    ("moments-shared", "client.py", "value.to(place, copy=True)", "value",
+     "training writes into the state it was handed", "client"),
+    ("batches-start-again", "client.py", "(round - 1) * steps\n", "0\n",
+     "a client sees its first rows in every round and the others never", "client"),
+    ("rows-drawn-with-return", "client.py", "order = rng.permutation(rows)",
+     "order = rng.choice(rows, rows.size)", "an epoch that is none", "batches"),
+    ("warmup-every-round", "client.py",
+     "ended = (round - 1 + (step + 1) / steps) / rounds", "ended = (step + 1) / steps",
+     "the hidden restart of most federated codes", "batches"),
+    ("decay-every-round", "client.py", "begun = (round - 1 + step / steps) / rounds",
+     "begun = step / steps", "the same for the way down", "batches"),
+    ("clipping-forgotten", "client.py", "if settings.clip:", "if False:",
+     "client.clip does nothing", "client"),
+    ("own-head-lost", "client.py", "overlay(flatten(state.adapter, kept_parts), adapter)",
+     "adapter", "a local head starts anew in every round", "client"),
+    ("own-everything", "client.py", "overlay(flatten(state.adapter, kept_parts), adapter)",
+     "state.adapter", "with a local head, the others' work is thrown away", "client"),
+    # ------------------------------------------------------------ evaluation
+    ("eval-mode-forgotten", "evaluate.py", "model.network.eval()", "model.network",
+     "scores with dropout", "evaluate"),
+    ("sorted-predictions", "evaluate.py", "return logits[back]", "return logits",
+     "logits in the order of lengths", "evaluate"),
+    ("confusion-transposed", "evaluate.py",
+     "(labels.numpy(), logits.argmax(dim=1).numpy())",
+     "(logits.argmax(dim=1).numpy(), labels.numpy())", "precision for recall", "evaluate"),
+    ("last-round-in-part", "client.py", "if last or limit == 0", "if limit == 0",
+     "the final score is one of a subset", "evaluate"),
+    ("last-round-skipped", "client.py", "if not last and round % config.evaluate.every:",
+     "if round % config.evaluate.every:", "no final score", "evaluate"),
+    # ------------------------------------------------------------ whole runs
+    ("central-of-small-batches", "modes.py", "batch=config.client.batch * len(data.rows)",
+     "batch=config.client.batch", "the reference sees a K-th of the data", "modes"),
+    ("references-forget", "modes.py", 'client = replace(config.client, optimiser="keep")',
+     "client = config.client", "the reference is weaker than it need be", "modes"),
+    ("best-on-evaluation-set", "run.py", "heldout_accuracy(record)",
+     '(record["global"] or {}).get("accuracy")', "the test set chooses its own winner", "run"),
+    ("old-run-taken", "runlog.py", "if folder.exists():",
+     'if (folder / "summary.json").exists():', "a run goes into what another left", "run_cli"),
+    ("interrupted-and-lost", "run.py", "if done.records:",
+     "if done.records and not interrupted:", "Ctrl-C throws the finished rounds away", "run"),
+    ("clients-of-today-only", "run.py", "done = done.then(record, adapters, scores)",
+     "done = done.then(record, done.adapters, scores)", "the start is saved as the result", "run"),
+    ("override-paths-lost", "config.py", "_anchored(parse_overrides(overrides), Path.cwd())",
+     "parse_overrides(overrides)", "config.toml of the run points nowhere", "run_cli"),
+]]
+# fmt: on
+
+if __name__ == "__main__":
+    mutants.MUTANTS = MUTANTS
+    sys.exit(mutants.main())
