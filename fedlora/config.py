@@ -253,7 +253,7 @@ def _in_range(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
 
 
 def _anchored(flat: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Relative paths of the file made absolute, from the file's own folder."""
+    """Relative paths of data and model made absolute, as meant from this folder."""
 
     def anchor(value: Any) -> Any:
         if isinstance(value, str) and value.lower().endswith(LOCAL_ENDINGS):
@@ -261,8 +261,8 @@ def _anchored(flat: dict[str, Any], folder: Path) -> dict[str, Any]:
         return value
 
     anchored = dict(flat)
-    for key in ("data.train", "data.evaluate"):
-        if key in flat:
+    for key in flat:
+        if key in ("data.train", "data.evaluate") or key.startswith("data.clients."):
             anchored[key] = anchor(flat[key])
     if isinstance(flat.get("data.clients"), dict):
         anchored["data.clients"] = {k: anchor(v) for k, v in flat["data.clients"].items()}

@@ -126,7 +126,7 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      'if (folder / "summary.json").exists():', "a run goes into what another left", "run_cli"),
     ("interrupted-and-lost", "run.py", "if done.records:",
      "if done.records and not interrupted:", "Ctrl-C throws the finished rounds away", "run"),
-    ("clients-of-today-only", "run.py", "done = done.then(record, adapters, scores)",
+    ("start-as-result", "run.py", "done = done.then(record, adapters, scores)",
      "done = done.then(record, done.adapters, scores)", "the start is saved as the result", "run"),
     ("override-paths-lost", "config.py", "_anchored(parse_overrides(overrides), Path.cwd())",
      "parse_overrides(overrides)", "config.toml of the run points nowhere", "run_cli"),

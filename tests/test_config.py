@@ -180,9 +180,11 @@ def test_an_override_without_an_equals_sign_is_refused() -> None:
 
 
 def test_paths_in_a_file_are_meant_from_its_folder_and_in_overrides_from_where_one_stands(
-    write: Write, tmp_path: Path
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "base").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     path = write(
         "[data]\ntrain = 'x/train.csv'\nevaluate = '../dev.TSV'\nclients = {a = 'a.jsonl'}\n"
         "[model]\nname = 'base'\n"
@@ -193,8 +195,9 @@ def test_paths_in_a_file_are_meant_from_its_folder_and_in_overrides_from_where_o
     assert config.data.clients == {"a": str(tmp_path / "a.jsonl")}
     assert config.model.name == str(tmp_path / "base")
     config = load_config(path, ["data.train=train.csv", "data.clients.b=b.csv"])
-    assert config.data.train == "train.csv"
-    assert config.data.clients == {"a": str(tmp_path / "a.jsonl"), "b": "b.csv"}
+    there = str(tmp_path / "elsewhere" / "b.csv")
+    assert config.data.train == str(tmp_path / "elsewhere" / "train.csv")
+    assert config.data.clients == {"a": str(tmp_path / "a.jsonl"), "b": there}
 
 
 @pytest.mark.parametrize("name", ["glue/sst2", "builtin:reviews", "/abs/train.csv", ""])
