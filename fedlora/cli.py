@@ -180,7 +180,7 @@ def config() -> None:
 
 def main() -> None:
     """Entry point: every mistake a user can make ends in one line on stderr and exit code 2."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve their neighbours
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()

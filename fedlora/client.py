@@ -24,7 +24,7 @@ from fedlora.partition import Rows
 from fedlora.rules import Plan
 from fedlora.seeding import derive, numpy_generator
 from fedlora.settings import ClientSettings
-from fedlora.simulate import Fit
+from fedlora.simulation import Fit
 
 POOL = 50  # batches that are sorted by length together
 
@@ -46,22 +46,15 @@ def make_fit(model: Model, data: Data, config: Config) -> Fit:
             torch.manual_seed(derive(config.run.seed, "client", client, round))
             training = _train(model, data, config, client, round, plan, state)
         trained = read_adapter(model)
-        numbers = flatten(trained).values()
-        if not (
-            math.isfinite(training.metrics["train_loss"])
-            and all(bool(torch.isfinite(tensor).all()) for tensor in numbers)
-        ):
+        metrics = training.metrics | _own_scores(model, data, config, client, round)
+        finite = all(bool(torch.isfinite(tensor).all()) for tensor in flatten(trained).values())
+        if not (finite and all(map(math.isfinite, metrics.values()))):
             raise ValueError(
                 f"client {client}: training diverged in round {round} (loss "
-                f"{training.metrics['train_loss']}): lower client.lr, now {config.client.lr}"
+                f"{metrics['train_loss']}): lower client.lr, now {config.client.lr}"
             )
-        return ClientResult(
-            client,
-            trained,
-            len(data.rows[client]),
-            training.metrics | _own_scores(model, data, config, client, round),
-            ClientState(trained if kept_parts else None, training.optimiser),
-        )
+        kept = ClientState(trained if kept_parts else None, training.optimiser)
+        return ClientResult(client, trained, len(data.rows[client]), metrics, kept)
 
     return fit
 

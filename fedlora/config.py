@@ -256,16 +256,22 @@ def _anchored(flat: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Relative paths of data and model made absolute, as meant from this folder."""
 
     def anchor(value: Any) -> Any:
-        if isinstance(value, str) and value.lower().endswith(LOCAL_ENDINGS):
+        if not isinstance(value, str):
+            return value
+        name, colon, split = value.partition(":")
+        if value.lower().endswith(LOCAL_ENDINGS):
             return str((folder / value).resolve())
+        if name and (folder / name).is_dir():
+            return f"{(folder / name).resolve()}{colon}{split}"
         return value
 
     anchored = dict(flat)
     for key in flat:
         if key in ("data.train", "data.evaluate") or key.startswith("data.clients."):
             anchored[key] = anchor(flat[key])
-    if isinstance(flat.get("data.clients"), dict):
-        anchored["data.clients"] = {k: anchor(v) for k, v in flat["data.clients"].items()}
+    if "data.clients" in flat:
+        files = _coerced("data.clients", flat["data.clients"], dict[str, str])
+        anchored["data.clients"] = {client: anchor(file) for client, file in files.items()}
     name = flat.get("model.name")
     if isinstance(name, str) and (folder / name).is_dir():
         anchored["model.name"] = str((folder / name).resolve())

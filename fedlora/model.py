@@ -41,6 +41,8 @@ from fedlora.files import new_folder
 from fedlora.seeding import derive
 from fedlora.settings import ModelSettings
 
+_PARTS: dict[str, Part] = {"lora_A": "A", "lora_B": "B"}
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -161,7 +163,7 @@ def train_only(model: Model, parts: Iterable[Part]) -> dict[str, nn.Parameter]:
     wanted = frozenset(parts)
     chosen: dict[str, nn.Parameter] = {}
     for name, parameter in model.parameters.items():
-        part: Part = {"lora_A": "A", "lora_B": "B"}.get(name.rpartition(".")[2], "head")  # type: ignore[assignment]
+        part: Part = _PARTS.get(name.rpartition(".")[2], "head")
         parameter.requires_grad_(part in wanted)
         if part in wanted:
             chosen[name] = parameter
@@ -202,8 +204,13 @@ def save_merged(model: Model, adapter: Adapter, folder: Path) -> None:
 
 def longest_input(model: Model) -> int:
     """The most tokens that model and tokenizer take (no limit known: a very large number)."""
-    positions = getattr(model.network.base_model.model.config, "max_position_embeddings", None)
-    return min(int(positions or 10**9), int(min(model.tokenizer.model_max_length, 10**9)))
+    base = model.network.base_model.model
+    positions = getattr(base.config, "max_position_embeddings", None) or 10**9
+    for path, module in base.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if path.endswith("position_embeddings") and padding is not None:
+            positions -= padding + 1  # RoBERTa counts from behind its padding index
+    return int(min(positions, model.tokenizer.model_max_length, 10**9))
 
 
 def parameter_counts(model: Model) -> tuple[int, int]:

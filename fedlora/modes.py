@@ -16,7 +16,7 @@ from fedlora.config import Config
 from fedlora.data import Data
 from fedlora.rules import get_rule
 from fedlora.server import Head
-from fedlora.simulate import Fit, Round, simulate
+from fedlora.simulation import Fit, Round, simulate
 
 CENTRAL = "central"
 GLOBAL = ""  # the key of the one adapter that all share

@@ -51,6 +51,7 @@ def round_record(
     return {
         "round": round,
         "global": _recorded(shared),
+        "heldout": _pooled(heldout),
         "clients": clients,
         "merge_error": step.merge_error if step else None,
         "bytes_up": step.bytes_up if step else 0,
@@ -103,17 +104,6 @@ def summary_record(
     }
 
 
-def heldout_accuracy(record: Record) -> float | None:
-    """Mean accuracy of the global adapter on the clients' held-out rows, weighted by their
-    number.
-    """
-    found = [c["global_heldout"] for c in record["clients"].values() if c["global_heldout"]]
-    if not found:
-        return None
-    total = sum(scores["examples"] for scores in found)
-    return float(sum(scores["accuracy"] * scores["examples"] for scores in found) / total)
-
-
 def peak_memory() -> int:
     """The largest memory of the process so far, with the GPU's where there is one, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
@@ -134,6 +124,17 @@ def _mean(found: Sequence[Mapping[str, float] | None]) -> Record | None:
     if not scored:
         return None
     return {key: sum(scores[key] for scores in scored) / len(scored) for key in scored[0]}
+
+
+def _pooled(heldout: Mapping[str, Scores]) -> Record | None:
+    """Accuracy over the held-out rows of all clients, whether or not they took part in the
+    round.
+    """
+    examples = sum(scores.examples for scores in heldout.values())
+    if examples == 0:
+        return None
+    hits = sum(scores.accuracy * scores.examples for scores in heldout.values())
+    return {"accuracy": hits / examples, "examples": examples}
 
 
 def _recorded(scores: Scores | None) -> Record | None:

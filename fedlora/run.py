@@ -5,6 +5,7 @@ What happens is told to `watch`, one event at a time; who draws it is somebody e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,10 +32,10 @@ from fedlora.model import (
     write_adapter,
 )
 from fedlora.modes import GLOBAL, Step, for_mode, steps
-from fedlora.records import Record, heldout_accuracy, round_record, summary_record
+from fedlora.records import Record, round_record, summary_record
 from fedlora.rules import Plan
 from fedlora.runlog import append_record, check_new, create_run, model_card, write_json
-from fedlora.simulate import Fit
+from fedlora.simulation import Fit
 
 Watch: TypeAlias = Callable[[str, Mapping[str, Any]], None]
 
@@ -65,9 +66,9 @@ class _Done:
     best: tuple[float, int, Mapping[str, Adapter]] | None = None
 
     def then(self, record: Record, adapters: Mapping[str, Adapter], scores: Scores | None) -> _Done:
-        best, held = self.best, heldout_accuracy(record)
-        if held is not None and (best is None or held > best[0]):
-            best = (held, record["round"], adapters)
+        best, held = self.best, record["heldout"]
+        if held and (best is None or held["accuracy"] > best[0]):
+            best = (held["accuracy"], record["round"], adapters)
         return _Done([*self.records, record], adapters, scores, best)
 
 
@@ -171,6 +172,12 @@ def _evaluated(
         for client in data.heldout if name == GLOBAL else [name]:
             if data.heldout[client].size:
                 heldout[client] = evaluate(model, data.train, data.heldout[client], batch)
+    for scores in (shared, *heldout.values()):
+        if scores is not None and not math.isfinite(scores.loss):
+            raise ValueError(
+                f"round {round}: the loss of the merged adapter is {scores.loss}: training "
+                f"diverged, lower client.lr, now {config.client.lr}"
+            )
     return shared, heldout
 
 

@@ -279,5 +279,5 @@ def _strings(source: str, rows: Sequence[Row], column: str) -> list[str]:
         value = row.get(column)
         if value is None:
             raise ValueError(f"{source}, row {number}: no value in column {column!r}")
-        values.append(value if isinstance(value, str) else json.dumps(value))
+        values.append(value if isinstance(value, str) else json.dumps(value, default=str))
     return values

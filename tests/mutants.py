@@ -121,10 +121,10 @@ MUTANTS = [Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
     ("one-sample-for-all-rounds", "server.py", '"sample", round)', '"sample")',
      "the same clients in every round", "server"),
     # ------------------------------------------------------------ the loop
-    ("state-of-another", "simulate.py", "states.get(client, ClientState())",
+    ("state-of-another", "simulation.py", "states.get(client, ClientState())",
      "next(reversed(states.values()), ClientState())", "a head leaks to the next client",
      "simulate"),
-    ("bytes-of-everything", "simulate.py", "up += byte_count(shared)",
+    ("bytes-of-everything", "simulation.py", "up += byte_count(shared)",
      "up += byte_count(flatten(result.adapter))", "FFA's uploads look like FedAvg's", "simulate"),
     # ------------------------------------------------------------ streams, rows, settings
     ("seeds-run-together", "seeding.py", '"\\x1f".join(', '"".join(',

@@ -21,7 +21,7 @@ from fedlora.client import learning_rate, make_fit
 from fedlora.evaluate import evaluate
 from fedlora.model import write_adapter
 from fedlora.rules import get_rule
-from fedlora.simulate import simulate
+from fedlora.simulation import simulate
 
 pytest_plugins = ["tiny"]
 Tiny = Callable[[str], Path]

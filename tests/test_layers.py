@@ -21,14 +21,14 @@ HEAVY = (
 # Each may import the ones before it; rules may not import each other.
 ORDER = (
     "seeding", "partition", "adapter", "lowrank", "rules", "settings", "config", "server",
-    "simulate",
+    "simulation",
 )  # fmt: skip
 LIBRARIES = {
     "seeding": {"numpy", "torch"},
     "partition": {"numpy"},
     "settings": set(),
     "config": set(),
-    "simulate": set(),
+    "simulation": set(),
 }  # the other core files: torch, numpy and jaxtyping
 PUBLIC = {
     "Config", "load_config", "Factors", "Merged", "Adapter", "mean_factors", "mix", "truncate",
@@ -89,7 +89,36 @@ def test_a_core_file_imports_the_core_below_it_and_few_libraries(place: str, pat
 
 def test_the_package_itself_imports_only_the_core() -> None:
     names = set(imports((FOLDER / "__init__.py").read_text(encoding="utf-8")))
-    assert names <= {f"fedlora.{name}" for name in ORDER}
+    assert names - sys.stdlib_module_names <= {f"fedlora.{name}" for name in ORDER}
+
+
+def test_the_package_waits_with_torch_until_a_name_is_used() -> None:
+    """The command line must be able to set how torch's threads wait before torch is loaded."""
+    lines = [
+        "import sys, fedlora",
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules",
+        "import fedlora.simulation, fedlora.server, fedlora.rules",
+        "assert {name for name in fedlora.__all__ if not hasattr(fedlora, name)} == set()",
+        "from fedlora import partition, rule, simulate",
+        "assert simulate is fedlora.simulation.simulate and rule is fedlora.rules.rule",
+        "assert partition is sys.modules['fedlora.partition']",
+    ]
+    subprocess.run([sys.executable, "-W", "error", "-c", "; ".join(lines)], check=True)
+
+
+def test_the_command_line_lets_threads_sleep_while_they_wait() -> None:
+    """Spinning threads beside a busy neighbour made a step twenty times slower."""
+    lines = [
+        "import os, sys",
+        "os.environ.pop('OMP_WAIT_POLICY', None)",
+        "import fedlora.cli",
+        "assert 'torch' not in sys.modules",
+        "sys.argv = ['fedlora', '--help']",
+        "import atexit",
+        "atexit.register(lambda: os._exit(0 if os.environ['OMP_WAIT_POLICY'] == 'PASSIVE' else 1))",
+        "fedlora.cli.main()",
+    ]
+    subprocess.run([sys.executable, "-c", "; ".join(lines)], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from fedlora.report import write_report
 from fedlora.rules import get_rule
 from fedlora.run import execute
 from fedlora.runlog import read_config
-from fedlora.simulate import simulate
+from fedlora.simulation import simulate
 
 pytest_plugins = ["tiny"]
 Tiny = Callable[[str], Path]

@@ -21,7 +21,7 @@ from conftest import (
 from fedlora.adapter import Adapter, ClientResult, ClientState, Factors, byte_count, flatten
 from fedlora.rules import Plan, get_rule, rule_names
 from fedlora.server import ServerState, aggregate, sample_clients
-from fedlora.simulate import Fit, Round, simulate
+from fedlora.simulation import Fit, Round, simulate
 
 CLIENTS = ("a", "b", "c")
 M, N, R = 7, 5, 2
