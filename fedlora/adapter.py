@@ -1,7 +1,6 @@
 """What travels in a federation, and its algebra: factors, adapters, results of clients.
 
-Knows tensors and nothing else: no model, no rule, no file. `scaling` is multiplied here and
-nowhere else.
+Knows tensors and nothing else: no model, no rule, no file. The only home of `scaling`.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ PARTS: frozenset[Part] = frozenset({"A", "B", "head"})
 class Factors:
     """The low-rank increment of one layer, delta W = scaling * B @ A; W is m x n (out x in).
 
-    `scaling` is alpha / r, or alpha / sqrt(r) for rsLoRA. Raises ValueError where shapes do not
-    fit.
+    `scaling` is alpha / r, or alpha / sqrt(r) for rsLoRA. ValueError where shapes do not fit.
     """
 
     A: Float[Tensor, "r n"]
@@ -209,9 +207,7 @@ def overlay(tensors: Mapping[str, Tensor], base: Adapter) -> Adapter:
 
 
 def copied(adapter: Adapter) -> Adapter:
-    """The same adapter in tensors of its own, so that a later change in place reaches nobody
-    else.
-    """
+    """The same adapter in tensors of its own: a change in place reaches nobody else."""
     return overlay({name: t.detach().clone() for name, t in flatten(adapter).items()}, adapter)
 
 

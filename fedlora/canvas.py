@@ -1,5 +1,4 @@
-"""Sheets to draw on: one place for matplotlib, colours, and files that come out the same every
-time.
+"""Sheets to draw on: one place for matplotlib, colours, and files that come out the same.
 
 Never touches pyplot's global state; matplotlib is imported when a sheet is made.
 """

@@ -1,5 +1,4 @@
-"""The command line: reads arguments, calls the library, turns its errors into one line and exit
-code 2.
+"""The command line: reads arguments, calls the library, turns errors into a line and exit code 2.
 
 Heavy imports stay inside the commands, so that `--help` answers at once.
 """

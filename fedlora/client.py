@@ -72,9 +72,8 @@ def learning_rate(
     """The rate at `step` (from 0) of `round` (from 1).
 
     One course over the whole run, whatever is done to the optimiser in between: a climb over the
-    first
-    `warmup` of it, then `schedule` down to zero; times a short climb in the first `round_warmup`
-    steps of each round, if asked for.
+    first `warmup` of it, then `schedule` down to zero; times a short climb in the first
+    `round_warmup` steps of each round, if asked for.
     """
     begun = (round - 1 + step / steps) / rounds
     ended = (round - 1 + (step + 1) / steps) / rounds

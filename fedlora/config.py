@@ -102,7 +102,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 def make_config(flat: Mapping[str, Any]) -> Config:
     """A checked config from flat keys; values may be text (from a command line) or typed.
 
-    ValueError for an unknown key (with the nearest), a wrong type, a value out of range, a bad
+    ValueError for an unknown key (with the nearest), a wrong type, a value out of range or a bad
     rule.
     """
     sections: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}

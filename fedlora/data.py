@@ -1,5 +1,4 @@
-"""From a config to tokenised data: which client trains on which rows, what is held out, what
-evaluates.
+"""From a config to tokenised data: who trains on which rows, what is held out, what evaluates.
 
 Tokenises once. Knows tables, partitions and a tokenizer; no model and no rule.
 """

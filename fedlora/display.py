@@ -1,5 +1,4 @@
-"""What a person sees while a run goes on: a live table on a terminal, one plain line a round
-elsewhere.
+"""What a person sees while a run goes on: a live table on a terminal, else a line a round.
 
 Listens to the events of `fedlora.run`; computes nothing that is not printed.
 """

@@ -34,12 +34,11 @@ def truncate(
     """The nearest increment of rank <= `rank` in Frobenius norm (Eckart-Young), as float64 factors.
 
     Gauge `balanced`: sqrt(S) on both factors; `orthonormal`: A = V^T, B = U S. The result always
-    has
-    `rank` rows: where the increment has fewer directions, B's columns are zero and A's rows come
-    from
-    `previous`, made orthogonal to the new ones, so that they can train again (zero without
-    `previous`). O((m + n) R^2) for factors of rank R. Route `auto` takes `gram`, and `qr` where
-    the terms cancel or an orthonormal basis is promised. ValueError for a bad rank, gauge or route.
+    has `rank` rows: where the increment has fewer directions, B's columns are zero and A's rows
+    come from `previous`, made orthogonal to the new ones, so that they can train again (zero
+    without `previous`). O((m + n) R^2) for factors of rank R. Route `auto` takes `gram`, and `qr`
+    where the terms cancel or an orthonormal basis is promised. ValueError for a bad rank, gauge or
+    route.
     """
     _check(factors, rank, gauge)
     if gauge == "orthonormal" and route == "auto":
@@ -104,8 +103,7 @@ def _gram_svd(unit: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor, bool]:
     """The SVD of B A from G_B = B^T B and G_A = A A^T; also says whether the terms cancelled.
 
     With G_B = L L^T and L^T G_A L = Q S^2 Q^T: V^T = (L Q / S)^T A and U = B G_A (L Q / S) / S,
-    once the rank rows are balanced (|b_i| = |a_i|) so that scales between 1e-18 and 1e15 do no
-    harm.
+    once the rank rows are balanced (|b_i| = |a_i|) so that scales of 1e-18 to 1e15 do no harm.
     """
     length_b, length_a = unit.B.norm(dim=0), unit.A.norm(dim=1)
     kept = (length_b > 0) & (length_a > 0)

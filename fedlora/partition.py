@@ -1,7 +1,6 @@
 """Who has which data: labels or columns in, one array of row numbers per client out; NumPy only.
 
-Every function takes its own random generator and returns rows in rising order; no row is given
-twice.
+Every function takes its own random generator and returns rising rows, none of them twice.
 """
 
 from __future__ import annotations

@@ -28,8 +28,7 @@ def round_record(
     seconds_evaluate: float,
     seconds_total: float,
 ) -> Record:
-    """The line of one round; `shared` scores the global adapter, `heldout` it on each client's
-    rows.
+    """The line of one round; `shared` scores the global adapter, `heldout` it on clients' rows.
 
     Losses are in nats, bytes are those of the arrays, seconds are wall-clock: `compute` is forward,
     backward and optimiser steps, `total` the whole round with evaluation.
@@ -127,9 +126,7 @@ def _mean(found: Sequence[Mapping[str, float] | None]) -> Record | None:
 
 
 def _pooled(heldout: Mapping[str, Scores]) -> Record | None:
-    """Accuracy over the held-out rows of all clients, whether or not they took part in the
-    round.
-    """
+    """Accuracy over the held-out rows of all clients, whether they took part or not."""
     examples = sum(scores.examples for scores in heldout.values())
     if examples == 0:
         return None

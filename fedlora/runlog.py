@@ -73,9 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What decides the bits besides config and seed: packages, Python, machine type, source
-    commit.
-    """
+    """What decides the bits besides config and seed: packages, Python, platform, commit."""
     found = {"fedlora": __version__, "python": platform.python_version()}
     found["platform"] = platform.platform()
     for package in PACKAGES:

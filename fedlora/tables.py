@@ -80,9 +80,7 @@ def read_unlabelled(source: str, settings: DataSettings) -> tuple[list[str], lis
 
 
 def evaluation_source(settings: DataSettings) -> str:
-    """Where the shared evaluation set is: as configured, else the one that belongs to the training
-    set.
-    """
+    """Where the shared evaluation set is: as configured, else the training set's own."""
     if settings.evaluate or settings.clients:
         return settings.evaluate
     if settings.train == REVIEWS:
@@ -150,9 +148,7 @@ def _builtin_rows(source: str) -> list[Row]:
 
 
 def _separated_rows(source: str, quoting: str) -> list[Row]:
-    """csv with quotes, tsv without (GLUE's tsv holds bare quotes), unless `data.quoting` says
-    else.
-    """
+    """csv with quotes, tsv without (GLUE's tsv holds bare quotes), unless configured."""
     tabs = source.lower().endswith(".tsv")
     bare = quoting == "none" or (quoting == "auto" and tabs)
     with open(source, encoding="utf-8-sig", newline="") as file:

@@ -2,8 +2,7 @@
 
 Source: Sun et al. 2024, "Improving LoRA in privacy-preserving federated learning" (2403.12313).
 Keeps: the weighted mean of the increments, exactly, since mean(B) A = mean(BA) for a common A.
-Loses: half of the trainable numbers; the row space of every increment is the one drawn at the
-start.
+Loses: half of the trainable numbers; every increment keeps the row space drawn at the start.
 Cost per layer and client: r m up, r m down (A is drawn from the common seed and never travels).
 DP: noise enters the increment linearly, through B alone.
 """
