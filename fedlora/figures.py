@@ -176,7 +176,7 @@ def _draw_accuracy(ax: Axes, run: Run, x: Array, rolling: int) -> None:
     each = [run.series("clients", c, "evaluation", "accuracy") for c in run.clients]
     whole, merged = run.evaluation("accuracy"), run.series("global", "accuracy")
     label = "central" if run.mode == "central" else "global"
-    label = label if np.isfinite(merged).any() else "mean of clients"
+    label = label if np.isfinite(merged[x > 0]).any() or not run.clients else "mean of clients"
     thick = {"color": "black", "marker": "o", "linewidth": 2.8, "markersize": 7, "zorder": 5}
     thick |= {"label": _entry(last_known(whole), label), "markeredgecolor": "white"}
     _draw(ax, x, whole[None], thick, rolling)

@@ -57,12 +57,15 @@ class Run:
         return np.array([number(line, keys) for line in self.rounds], dtype=np.float64)
 
     def evaluation(self, metric: str) -> Array:
-        """`metric` of the global adapter a round, or the clients' plain mean if there is none."""
-        values = self.series("global", metric)
-        if np.isfinite(values).any() or not self.clients:
+        """`metric` of the global adapter a round, or the clients' plain mean if there is none.
+
+        Round 0 evaluates the common start, which is there in every mode.
+        """
+        values, trained = self.series("global", metric), self.series("round") > 0
+        if np.isfinite(values[trained]).any() or not self.clients:
             return values
         each = [self.series("clients", client, "evaluation", metric) for client in self.clients]
-        return _mean(np.stack(each))
+        return np.where(trained, _mean(np.stack(each)), values)
 
     def megabytes(self, way: str) -> Array:
         """Megabytes (10^6 bytes) sent `up` or `down` by all clients up to each round."""

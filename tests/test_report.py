@@ -176,6 +176,15 @@ def test_a_local_run_shows_the_mean_of_its_clients_and_no_merge(tmp_path):
     assert "nothing sent" in words(figure)
 
 
+def test_a_local_run_starts_from_the_common_start_that_all_modes_evaluate(tmp_path):
+    lines = log([0.5, None, None, None], error=None, sent=0)
+    run = read_run(make_run(tmp_path / "a", lines, mode="local"))
+    mean = np.mean([*CLIENTS.values()], axis=0)
+    np.testing.assert_allclose(run.evaluation("accuracy"), [0.5, *mean])
+    drawn = line_of(draw_run(run).axes[0], "mean of clients").get_ydata()
+    np.testing.assert_allclose(drawn, [0.5, *mean])
+
+
 def test_a_central_run_is_one_line(tmp_path):
     lines = log(clients={"central": ACCURACY[1:]}, error=None, sent=0)
     main = draw_run(read_run(make_run(tmp_path / "a", lines, mode="central"))).axes[0]

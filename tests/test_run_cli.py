@@ -119,6 +119,8 @@ def test_an_interrupt_from_the_keyboard_leaves_a_readable_run(cli: Cli) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        # a test run in the background of a shell ignores SIGINT, and hands that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         for line in process.stdout or ():
