@@ -26,7 +26,7 @@ def data_folder() -> Path:
     """The folder of real text; tests that need it are skipped where FEDLORA_DATA is unset."""
     folder = os.environ.get("FEDLORA_DATA")
     if not folder:
-        pytest.skip("FEDLORA_DATA is unset: it names the folder of real text (../shared/data)")
+        pytest.skip("FEDLORA_DATA is unset: it names the folder of real text")
     return Path(folder)
 
 
