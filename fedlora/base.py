@@ -5,7 +5,6 @@ Knows hub names, folders and the built-in model; of adapters, only which layers 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import warnings
@@ -26,6 +25,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from fedlora.hints import near
 from fedlora.settings import ModelSettings
 
 MINILM = "builtin:minilm"
@@ -201,8 +201,7 @@ def targeted_layers(base: PreTrainedModel, targets: Sequence[str]) -> dict[str, 
             if path == target or path.endswith(f".{target}")
         }
         if not found:
-            close = difflib.get_close_matches(target, names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = near(target, names)
             raise ValueError(
                 f"model.targets: no layer is called {target!r}{hint}; there are {', '.join(names)}"
             )

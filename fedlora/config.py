@@ -6,7 +6,6 @@ config for files, for overrides and for other engines. Checks values; opens no f
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import tomllib
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_origin, get_type_hints
 
+from fedlora.hints import near
 from fedlora.rules import Option, get_rule
 from fedlora.settings import (
     ClientSettings,
@@ -143,9 +143,8 @@ _TABLES = (dict[str, str], dict[str, Option])
 def _known(name: str, known: Iterable[str], kind: str) -> None:
     names = list(known)
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"`fedlora config` lists every {kind}"
-        raise ValueError(f"unknown {kind} {name!r}; {hint}")
+        hint = near(name, names) or f"; `fedlora config` lists every {kind}"
+        raise ValueError(f"unknown {kind} {name!r}{hint}")
 
 
 def _coerced(key: str, value: Any, kind: Any) -> Any:
@@ -235,8 +234,7 @@ def _meaning(metadata: Mapping[str, Any]) -> str:
 def _in_range(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
     choices = metadata["choices"]
     if choices and value not in choices:
-        close = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = near(str(value), choices)
         raise ValueError(f"{key} = {value!r} is not one of {', '.join(choices)}{hint}")
     if not isinstance(value, int | float):
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from fedlora.config import Config
 from fedlora.data import encode
 from fedlora.evaluate import predict
+from fedlora.hints import near
 from fedlora.model import Model, load_adapter, load_model, write_adapter
 from fedlora.runlog import read_config
 from fedlora.tables import Table, read_unlabelled
@@ -56,8 +56,7 @@ def _adapter_folder(folder: Path, client: str) -> Path:
     if not client and not own:
         return place
     if client not in own:
-        close = difflib.get_close_matches(client, own, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = near(client, own)
         known = f"choose one of {', '.join(own)} with --client" if own else "it has one for all"
         raise ValueError(f"{folder} has no adapter of client {client!r}{hint}: {known}")
     return place / client

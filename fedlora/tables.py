@@ -6,7 +6,6 @@ csv, tsv and jsonl are read with the standard library; parquet and hub names wit
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -15,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import builtin
+from fedlora.config import LOCAL_ENDINGS
+from fedlora.hints import near
 from fedlora.settings import DataSettings
 
 REVIEWS = "builtin:reviews"
 REVIEWS_TRAIN, REVIEWS_EVALUATE = 1500, 600  # rows of the built-in task
-ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 TEXT_COLUMNS = (
     ("premise", "hypothesis"),
     ("sentence1", "sentence2"),
@@ -85,7 +85,7 @@ def evaluation_source(settings: DataSettings) -> str:
         return settings.evaluate
     if settings.train == REVIEWS:
         return f"{REVIEWS}:evaluate"
-    if not settings.train.lower().endswith(ENDINGS):
+    if not settings.train.lower().endswith(LOCAL_ENDINGS):
         name = settings.train.partition(":")[0]
         return f"{name}:{HUB_EVALUATION.get(name, 'validation')}"
     return ""
@@ -99,8 +99,7 @@ def label_ids(table: Table, labels: Sequence[str]) -> list[int]:
     ids = {label: index for index, label in enumerate(labels)}
     for number, label in enumerate(table.labels, start=1):
         if label not in ids:
-            close = difflib.get_close_matches(label, labels, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = near(label, labels)
             raise ValueError(
                 f"{table.source}, row {number}: unknown label {label!r}{hint}; "
                 f"data.labels are {', '.join(map(repr, labels))}"
@@ -122,7 +121,7 @@ def _rows(source: str, quoting: str) -> list[Row]:
     if source.partition(":")[0] == "builtin":
         return _builtin_rows(source)
     ending = Path(source).suffix.lower()
-    if ending not in ENDINGS:
+    if ending not in LOCAL_ENDINGS:
         return _hub_rows(source)
     if not Path(source).is_file():
         raise ValueError(f"there is no file {source}")
@@ -236,8 +235,7 @@ def _from_datasets(source: str, *parts: str, **options: Any) -> list[Row]:
 
 def _present(source: str, row: Row, column: str, setting: str) -> None:
     if column not in row:
-        close = difflib.get_close_matches(column, list(row), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = near(column, row)
         raise ValueError(
             f"{setting} = {column!r}: {source} has no such column{hint}; it has {', '.join(row)}"
         )

@@ -20,10 +20,11 @@ HEAVY = (
 
 # Each may import the ones before it; rules may not import each other.
 ORDER = (
-    "seeding", "partition", "adapter", "lowrank", "rules", "settings", "config", "server",
+    "hints", "seeding", "partition", "adapter", "lowrank", "rules", "settings", "config", "server",
     "simulation",
 )  # fmt: skip
 LIBRARIES = {
+    "hints": set(),
     "seeding": {"numpy", "torch"},
     "partition": {"numpy"},
     "settings": set(),

@@ -6,7 +6,6 @@ at import, so that a new file is a new rule, in the command line, the docs and t
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import math
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Adapter, ClientResult, Factors, Merged, Part
+from fedlora.hints import near
 
 Claim: TypeAlias = Literal[True] | str  # a law that holds, or the sentence why it does not
 Option: TypeAlias = str | int | float | bool | None
@@ -129,14 +129,14 @@ def get_rule(name: str, **options: Option) -> Rule:
     _discover()
     if name not in _RULES:
         raise ValueError(
-            f"unknown rule {name!r}{_near(name, _RULES)}; known are {', '.join(rule_names())}"
+            f"unknown rule {name!r}{near(name, _RULES)}; known are {', '.join(rule_names())}"
         )
     found = _RULES[name]
     known = option_types(found)
     for key, value in options.items():
         if key not in known:
             listed = f"its options are {', '.join(known)}" if known else "it has no options"
-            raise ValueError(f"rule {name!r} has no option {key!r}{_near(key, known)}; {listed}")
+            raise ValueError(f"rule {name!r} has no option {key!r}{near(key, known)}; {listed}")
         if not _fits(value, known[key]):
             raise ValueError(
                 f"option {key!r} of rule {name!r} is {value!r}, expected {described(known[key])}"
@@ -187,11 +187,6 @@ def _fits(value: Option, annotation: Any) -> bool:
     if annotation is float:
         return isinstance(value, int | float) and math.isfinite(value)
     return isinstance(value, annotation)
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _discover() -> None:
