@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Part: TypeAlias = Literal["A", "B", "head"]
-PARTS: frozenset[Part] = frozenset({"A", "B", "head"})
+Part: TypeAlias = Literal["A", "B", "head", "frozen"]
+PARTS: frozenset[Part] = frozenset({"A", "B", "head"})  # what can be trained
+WHOLE: frozenset[Part] = PARTS | {"frozen"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +60,15 @@ class Merged:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """All that is trained: low-rank `layers` and fully trained `dense` tensors (the head)."""
+    """All that is trained: low-rank `layers` and fully trained `dense` tensors (the head).
+
+    `frozen` holds what earlier merges folded: for some layers a second increment (scaling 1), which
+    the model adds to its weight and nobody trains. The base itself is never written to.
+    """
 
     layers: Mapping[str, Factors]
     dense: Mapping[str, Tensor] = field(default_factory=dict)
+    frozen: Mapping[str, Factors] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +161,32 @@ def rescaled(factors: Factors, scaling: float) -> Factors:
     return Factors(factors.A, factors.B * (factors.scaling / scaling), scaling)
 
 
+def cut(factors: Factors, rank: int, scaling: float, *, keep_A: bool = False) -> Factors:
+    """The first `rank` pairs for a receiver with another scaling: s' B' A' = s B[:, :r] A[:r].
+
+    Both factors take sqrt(s / s'), so that a balanced gauge stays balanced; with `keep_A` B alone
+    takes the ratio, so that an orthonormal A stays orthonormal.
+    """
+    part = Factors(factors.A[:rank], factors.B[:, :rank], factors.scaling)
+    if keep_A:
+        return rescaled(part, scaling)
+    root = math.sqrt(part.scaling / scaling)
+    return Factors(root * part.A, root * part.B, scaling)
+
+
+def stacked(first: Factors, second: Factors) -> Factors:
+    """The sum of two increments as one pair of factors, in the first one's scaling; exact."""
+    return mix([first, second], [1.0, 1.0], first.scaling)
+
+
+def padded(factors: Factors, rank: int) -> Factors:
+    """The same increment with zero pairs added up to `rank`."""
+    missing = rank - factors.rank
+    A = torch.cat([factors.A, factors.A.new_zeros(missing, factors.A.shape[1])])
+    B = torch.cat([factors.B, factors.B.new_zeros(factors.B.shape[0], missing)], dim=1)
+    return Factors(A, B, factors.scaling)
+
+
 def increment(factors: Factors) -> Float[Tensor, "m n"]:
     """delta W as a dense m x n matrix: for an exported merged model and for tests only."""
     return factors.scaling * (factors.B @ factors.A)
@@ -183,6 +215,10 @@ def flatten(adapter: Adapter, parts: Iterable[Part] = PARTS) -> dict[str, Tensor
             tensors[f"{name}.lora_B"] = factors.B
     if "head" in wanted:
         tensors.update(adapter.dense)
+    if "frozen" in wanted:
+        for name, factors in adapter.frozen.items():
+            plain = rescaled(factors, 1.0)
+            tensors[f"{name}.frozen_A"], tensors[f"{name}.frozen_B"] = plain.A, plain.B
     return dict(sorted(tensors.items()))
 
 
@@ -199,16 +235,22 @@ def overlay(tensors: Mapping[str, Tensor], base: Adapter) -> Adapter:
         )
         for name, factors in base.layers.items()
     }
-    unknown = sorted(set(tensors) - set(flatten(base)))
+    frozen = dict(base.frozen)
+    for name in base.layers:
+        if f"{name}.frozen_A" in tensors and f"{name}.frozen_B" in tensors:
+            frozen[name] = Factors(tensors[f"{name}.frozen_A"], tensors[f"{name}.frozen_B"], 1.0)
+    dense = {name: tensors.get(name, tensor) for name, tensor in base.dense.items()}
+    overlaid = Adapter(layers, dense, dict(sorted(frozen.items())))
+    unknown = sorted(set(tensors) - set(flatten(overlaid, WHOLE)))
     if unknown:
         raise ValueError(f"tensor {unknown[0]!r} belongs to no layer of this adapter")
-    dense = {name: tensors.get(name, tensor) for name, tensor in base.dense.items()}
-    return Adapter(layers, dense)
+    return overlaid
 
 
 def copied(adapter: Adapter) -> Adapter:
     """The same adapter in tensors of its own: a change in place reaches nobody else."""
-    return overlay({name: t.detach().clone() for name, t in flatten(adapter).items()}, adapter)
+    tensors = flatten(adapter, WHOLE)
+    return overlay({name: t.detach().clone() for name, t in tensors.items()}, adapter)
 
 
 def byte_count(tensors: Mapping[str, Tensor]) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedlora.adapter import Factors, Merged, rescaled
 
-Gauge: TypeAlias = Literal["balanced", "orthonormal"]
+Gauge: TypeAlias = Literal["balanced", "orthonormal", "aligned"]
 Route: TypeAlias = Literal["auto", "gram", "qr"]
 
 GRAM_FLOOR = 1e-7  # singular values below this share of the largest are noise in a Gram matrix
@@ -33,7 +33,8 @@ def truncate(
 ) -> Factors:
     """The nearest increment of rank <= `rank` in Frobenius norm (Eckart-Young), as float64 factors.
 
-    Gauge `balanced`: sqrt(S) on both factors; `orthonormal`: A = V^T, B = U S. The result always
+    Gauge `balanced`: sqrt(S) on both factors; `orthonormal`: A = V^T, B = U S; `aligned`: balanced,
+    then turned onto `previous` (see `align`). The result always
     has `rank` rows: where the increment has fewer directions, B's columns are zero and A's rows
     come from `previous`, made orthogonal to the new ones, so that they can train again (zero
     without `previous`). O((m + n) R^2) for factors of rank R. Route `auto` takes `gram`, and `qr`
@@ -44,7 +45,7 @@ def truncate(
     if gauge == "orthonormal" and route == "auto":
         route = "qr"
     U, S, Vh = _svd(factors, rank, route)
-    return _fill(_gauged(U, S, Vh, factors.scaling, gauge), rank, previous)
+    return _finished(_gauged(U, S, Vh, factors.scaling, gauge), rank, gauge, previous)
 
 
 def split(
@@ -53,16 +54,66 @@ def split(
     *,
     gauge: Gauge = "balanced",
     previous: Factors | None = None,
+    energy: float = 1.0,
 ) -> Merged:
     """`truncate` together with the tail of the same decomposition as residual (nothing subtracted).
 
-    Takes the QR route, so that factors + residual is the increment to 1e-15.
+    Takes the QR route, so that factors + residual is the increment to 1e-15. With `energy` below 1
+    the tail ends where both together hold that share of the sum of squared singular values.
     """
     _check(factors, rank, gauge)
     U, S, Vh = _svd(factors, factors.rank, "qr")
+    end = max(rank, rank_for_energy(S, energy))
     head = _gauged(U[:, :rank], S[:rank], Vh[:rank], factors.scaling, gauge)
-    tail = _gauged(U[:, rank:], S[rank:], Vh[rank:], factors.scaling, "balanced")
-    return Merged(_fill(head, rank, previous), tail)
+    tail = _gauged(U[:, rank:end], S[rank:end], Vh[rank:end], factors.scaling, "balanced")
+    return Merged(_finished(head, rank, gauge, previous), tail)
+
+
+def compress(factors: Factors, rank: int | None = None, energy: float = 1.0) -> Merged:
+    """The same increment in as few pairs as it has directions, balanced; what was cut is residual.
+
+    Keeps the fewest directions that hold the share `energy` of the squared singular values, at most
+    `rank` of them; by default all, exact to 1e-15 (QR route). Zero gives rank 0.
+    """
+    U, S, Vh = _svd(factors, factors.rank, "qr")
+    end = rank_for_energy(S, energy)
+    end = end if rank is None else min(end, rank)
+    kept = _gauged(U[:, :end], S[:end], Vh[:end], factors.scaling, "balanced")
+    tail = _gauged(U[:, end:], S[end:], Vh[end:], factors.scaling, "balanced")
+    return Merged(kept, tail)
+
+
+def rank_for_energy(S: Float[Tensor, " p"], energy: float) -> int:
+    """How many of the falling singular values hold the share `energy` (0..1) of their squares."""
+    if not 0 < energy <= 1:
+        raise ValueError(f"a share of energy must be above 0 and at most 1, got {energy!r}")
+    if energy == 1 or S.numel() == 0:
+        return S.numel()
+    squares = (S / S[0]).square()
+    held = squares.cumsum(0) / squares.sum()
+    return min(S.numel(), int(torch.count_nonzero(held < energy * (1 - 1e-12))) + 1)
+
+
+def align(factors: Factors, reference: Factors) -> Factors:
+    """The same increment with its pairs turned to lie nearest to the reference's (equal ranks).
+
+    (B Q, Q^T A) with the orthogonal Q nearest to B^T B_ref + A A_ref^T (Procrustes; Schoenemann
+    1966), so that optimiser state kept from the last round still fits. O((m + n) r^2).
+    """
+    if factors.rank != reference.rank:
+        raise ValueError(f"rank {factors.rank} cannot be aligned with rank {reference.rank}")
+    near = rescaled(reference, factors.scaling)
+    Q = rotation(factors.B.mT @ near.B + factors.A @ near.A.mT)
+    return Factors(Q.mT @ factors.A, factors.B @ Q, factors.scaling)
+
+
+def rotation(M: Float[Tensor, "r r"]) -> Float[Tensor, "r r"]:
+    """The orthogonal matrix nearest to M (its polar factor); the identity for a zero M."""
+    if not bool(M.any()):
+        return torch.eye(len(M), dtype=M.dtype, device=M.device)
+    U, _, Vh = torch.linalg.svd(M / M.abs().max())
+    Q: Tensor = U @ Vh
+    return Q
 
 
 def singular_values(factors: Factors) -> Float[Tensor, " p"]:
@@ -167,6 +218,18 @@ def _gauged(U: Tensor, S: Tensor, Vh: Tensor, scaling: float, gauge: Gauge) -> F
         return rescaled(Factors(Vh, U * S, 1.0), scaling)
     root = (S / scaling).sqrt()
     return Factors(root[:, None] * Vh, U * root, scaling)
+
+
+def _finished(factors: Factors, rank: int, gauge: Gauge, previous: Factors | None) -> Factors:
+    """Filled up to `rank`; filled rows orthonormal or the whole aligned, as the gauge promises."""
+    known = factors.rank
+    full = _fill(factors, rank, previous)
+    if gauge == "orthonormal" and known < full.rank and previous is not None:
+        rows = torch.linalg.qr(full.A[known:].mT)[0].mT
+        return Factors(torch.cat([full.A[:known], rows]), full.B, full.scaling)
+    if gauge == "aligned" and previous is not None and previous.rank == full.rank:
+        return align(full, previous)
+    return full
 
 
 def _fill(factors: Factors, rank: int, previous: Factors | None) -> Factors:

@@ -137,7 +137,9 @@ def aggregate(
         raise ValueError(f"round {round} holds two results of one client: {', '.join(names)}")
     weights = base_weights(ordered, weighting)
     if rule.reweigh is not None:
-        weights = checked_weights(rule.reweigh(state.adapter, ordered, weights), len(ordered))
+        weights = checked_weights(
+            rule.reweigh([state.adapter] * len(ordered), ordered, weights), len(ordered)
+        )
 
     layers: dict[str, Factors] = {}
     missed = norm = 0.0

@@ -129,7 +129,11 @@ def test_a_zero_increment_has_rank_zero_and_takes_the_previous_a(
         Factors(torch.zeros(6, 5).double(), normal(0, 7, 6), 2.0),
     ):
         result = truncate(factors, 3, previous=previous, gauge=gauge, route=route)
-        assert_close(result.A, previous.A)
+        if gauge == "orthonormal":  # the same rows span it, of length one and at right angles
+            assert_close(result.A @ result.A.mT, torch.eye(3).double())
+            assert int(torch.linalg.matrix_rank(torch.cat([result.A, previous.A]))) == 3
+        else:
+            assert_close(result.A, previous.A)
         assert not bool(result.B.any())
         assert live(truncate(factors, 3, gauge=gauge, route=route)) == 0
 

@@ -286,7 +286,7 @@ def heaviest() -> Iterator[Rule]:
     """A rule for one test: the mean of the factors, all the weight on the last client."""
     laws = dict.fromkeys(registry.LAWS, "a toy for one test claims nothing at all")
 
-    def reweigh(previous: Adapter, results: list[ClientResult], weights: Tensor) -> Tensor:
+    def reweigh(sent: list[Adapter], results: list[ClientResult], weights: Tensor) -> Tensor:
         return torch.eye(len(results), dtype=torch.float64)[-1]
 
     @registry.rule(reweigh=reweigh, **laws)

@@ -25,7 +25,8 @@ Claim: TypeAlias = Literal[True] | str  # a law that holds, or the sentence why 
 Option: TypeAlias = str | int | float | bool | None
 Merge: TypeAlias = Callable[..., Factors | Merged]
 Planner: TypeAlias = Callable[[int, Mapping[str, float]], "Plan"]
-Reweigh: TypeAlias = Callable[[Adapter, Sequence[ClientResult], Tensor], Tensor]
+Reweigh: TypeAlias = Callable[[Sequence[Adapter], Sequence[ClientResult], Tensor], Tensor]
+Residual: TypeAlias = Literal["drop", "fold", "carry"]
 
 LAWS: Mapping[str, str] = {
     "exact": "adapter + residual is the weighted mean of the increments",
@@ -59,14 +60,30 @@ class Rule:
     plan: Planner
     laws: Mapping[str, Claim]
     reweigh: Reweigh | None = None
+    residual: Sequence[Residual] = ()
     options: Mapping[str, Option] = field(default_factory=dict)
 
     def __call__(
-        self, prev: Factors, clients: Sequence[Factors], weights: Sequence[float] | Tensor
+        self,
+        prev: Factors,
+        clients: Sequence[Factors],
+        weights: Sequence[float] | Tensor,
+        round: int = 1,
     ) -> Factors | Merged:
-        """Merges what the clients sent for one layer; one weight per client, their sum one."""
-        checked = checked_weights(weights, len(clients))
-        return self.merge(prev, clients, checked, **self.options)
+        """Merges what the clients sent for one layer; one weight per client, their sum one.
+
+        `round` (from 1) matters to the rules whose merge changes with it, and to no other.
+        """
+        return self.combine(prev, clients, checked_weights(weights, len(clients)), round)
+
+    def combine(
+        self, prev: Factors, terms: Sequence[Factors], coefficients: Tensor, round: int
+    ) -> Factors | Merged:
+        """The merge of any terms with any coefficients: for the server, which adds terms of its own
+        (what clients were sent, what was carried); nothing is checked here.
+        """
+        timed = {"round": round} if "round" in inspect.signature(self.merge).parameters else {}
+        return self.merge(prev, terms, coefficients, **self.options, **timed)
 
     @property
     def doc(self) -> str:
@@ -88,14 +105,17 @@ def rule(
     receives: Iterable[Part] = ("A", "B"),
     plan: Planner | None = None,
     reweigh: Reweigh | None = None,
+    residual: Sequence[Residual] = (),
     **laws: Claim,
 ) -> Callable[[Merge], Merge]:
     """Registers a one-layer function `f(prev, clients, weights, *, options...)` under its own name.
 
     Each law of `LAWS` is claimed with True or declined with the sentence why. `trains` is what
     clients train and share in every round and `receives` what they are sent; `plan(round, memory)`
-    replaces both where rounds differ. `reweigh(previous, results, weights)` may replace the
-    weights, seeing all layers.
+    replaces both where rounds differ. `reweigh(sent, results, weights)` may replace the weights,
+    seeing all layers and what each client was sent. `residual` lists what may become of the
+    residual that a rule leaves, its paper's way first; a function that takes `round` is told the
+    round.
     """
     if set(laws) != set(LAWS):
         raise TypeError(
@@ -112,7 +132,7 @@ def rule(
             raise ValueError(
                 f"rule {name!r} is there already, from {_RULES[name].merge.__module__}"
             )
-        _RULES[name] = Rule(name, merge, plan or same_plan, laws, reweigh)
+        _RULES[name] = Rule(name, merge, plan or same_plan, laws, reweigh, tuple(residual))
         return merge
 
     return register
@@ -148,7 +168,9 @@ def option_types(rule: Rule) -> dict[str, Any]:
     """The names and annotations of a rule's options: the keyword-only arguments of its function."""
     hints = get_type_hints(rule.merge)
     parameters = inspect.signature(rule.merge).parameters.values()
-    return {p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {
+        p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "round"
+    }
 
 
 def described(annotation: Any) -> str:

@@ -23,6 +23,7 @@ from fedlora.rules import rule
 
 
 @rule(
+    residual=["drop", "fold", "carry"],
     exact=True,
     linear="a truncated SVD is not linear in the factors",
     mixed_ranks=True,
