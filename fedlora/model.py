@@ -18,8 +18,6 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from peft.utils import ModulesToSaveWrapper
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
@@ -32,12 +30,13 @@ from fedlora.adapter import (
     Factors,
     Part,
     converted,
+    cut,
     flatten,
     increment,
-    overlay,
     padded,
     rescaled,
 )
+from fedlora.adapter_folder import open_folder, write_folder
 from fedlora.base import (
     HEADS,
     choose_device,
@@ -210,18 +209,16 @@ def train_only(model: Model, parts: Iterable[Part]) -> dict[str, nn.Parameter]:
 
 
 def save_adapter(model: Model, adapter: Adapter, folder: Path) -> None:
-    """Writes the adapter in PEFT's form (safetensors), complete or not at all.
+    """Writes the adapter in PEFT's form (safetensors), complete or not at all; `folder` must be
+    new.
 
-    `folder` must be new.
+    What earlier merges folded is stacked onto its layer: one adapter of the summed rank.
     """
-    write_adapter(model, adapter)
-    config = model.network.peft_config["default"]
-    config.base_model_name_or_path = portable_name(model.settings.name)
-    with new_folder(folder) as temporary:
-        model.network.save_pretrained(
-            temporary, safe_serialization=True, save_embedding_layers=False
-        )
-        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty template; ours is the card
+    check_fits(model, adapter)
+    config = model.network.peft_config["default"].to_dict()
+    config["base_model_name_or_path"] = portable_name(model.settings.name)
+    config["inference_mode"] = True
+    write_folder(folder, adapter, config)
 
 
 def save_merged(model: Model, adapter: Adapter, folder: Path) -> None:
@@ -301,29 +298,27 @@ def _add_lora(base: PreTrainedModel, settings: ModelSettings, drawn: Sequence[st
 def load_adapter(model: Model, folder: Path) -> Adapter:
     """Reads a PEFT adapter folder that was saved for this model; ValueError for anything else.
 
-    Safetensors only; the layout comes from the model, never from the folder's config.
+    Pairs beyond the model's rank become frozen increments.
     """
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ValueError(f"{folder} holds no adapter: there is no {file.name}")
-    try:
-        found = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
-    tensors = {
-        name.removeprefix("base_model.model.")
-        .replace(".lora_A.weight", ".lora_A")
-        .replace(".lora_B.weight", ".lora_B"): tensor
-        for name, tensor in found.items()
-    }
+    found = open_folder(folder)
     start = read_adapter(model)
-    if missing := sorted(flatten(start).keys() - tensors.keys()):
-        raise ValueError(
-            f"{file} lacks {missing[0]!r} ({len(missing)} missing): other model or head"
-        )
+    for kind, want, got in (
+        ("layer", start.layers, found.layers), ("tensor", start.dense, found.dense)
+    ):  # fmt: skip
+        if odd := sorted(want.keys() ^ got.keys()):
+            verb = "lacks" if odd[0] in want else "has no place in this model for"
+            raise ValueError(f"{folder} {verb} {kind} {odd[0]!r}: other model or head")
+    layers: dict[str, Factors] = {}
+    frozen: dict[str, Factors] = {}
+    for name, held in start.layers.items():
+        both = found.factors(name)
+        layers[name] = cut(both, held.rank, both.scaling)
+        if both.rank > held.rank:
+            rest = Factors(both.A[held.rank :], both.B[:, held.rank :], both.scaling)
+            frozen[name] = rescaled(rest, 1.0)
+    adapter = Adapter(layers, {name: found.tensor(name) for name in start.dense}, frozen)
     try:
-        adapter = overlay(tensors, start)
         check_fits(model, adapter)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{folder}: {error}") from error
     return adapter
