@@ -140,7 +140,11 @@ def report(
 
 
 @app.command()
-def rules(name: Annotated[str, typer.Argument(help="Show this rule's whole story.")] = "") -> None:
+def rules(
+    name: Annotated[
+        str, typer.Argument(help="Show this rule's whole story; ./FILE.py:NAME shows your own.")
+    ] = "",
+) -> None:
     """List the merge rules and what each promises."""
     from fedlora.rules import (
         LAWS,
@@ -154,8 +158,9 @@ def rules(name: Annotated[str, typer.Argument(help="Show this rule's whole story
 
     console = Console()
     if name:
+        _import_own(name)
         found = get_rule(name)
-        console.print(found.doc, highlight=False, markup=False)
+        console.print(found.doc, highlight=False, markup=False, soft_wrap=True)
         for law, meaning in LAWS.items():
             claim = found.laws[law]
             console.print(f"{law}: {f'yes, {meaning}' if claim is True else f'no, {claim}'}")
@@ -207,9 +212,17 @@ def main() -> None:
 def _loaded(path: Path, overrides: list[str] | None) -> Config:
     """The config; a rule of the user's own file is run, since this is the user's command line."""
     from fedlora.config import load_config
+
+    return load_config(path, overrides or [], own_rule=_import_own)
+
+
+def _import_own(name: str) -> None:
+    """Runs the user's file where a rule is named as one."""
+    from fedlora.config import FILE_RULE
     from fedlora.own_rules import import_rule
 
-    return load_config(path, overrides or [], own_rule=import_rule)
+    if FILE_RULE in name:
+        import_rule(name)
 
 
 def _run(config: Config) -> None:
