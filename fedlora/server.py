@@ -23,6 +23,7 @@ from fedlora.adapter import (
     mix,
     overlay,
     rescaled,
+    sketched_frobenius,
     stacked,
 )
 from fedlora.lowrank import compress
@@ -39,6 +40,8 @@ from fedlora.policy import (
 )
 from fedlora.rules import Plan, Rule
 from fedlora.seeding import numpy_generator
+
+EXACT = 1024  # rank rows up to which figures are exact
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +138,8 @@ def aggregate(
     `merge_error`, what the model lacks of the merge's target (the weighted mean of the increments,
     with the weights that the rule used, and what was carried); `fold_tail`, the part of it that
     `fold_rank` cut; `carried`, what the next round still owes; and `frozen_rank`, the largest rank
-    of the folded increments. float32 at rest puts the floor of the errors near 1e-7.
+    of the folded increments. float32 at rest puts the floor of the errors near 1e-7; layers with
+    over 1,024 rank rows in all (K r) are measured by a sketch, within a few percent.
     """
     if not results:
         raise ValueError(f"round {round} has no results to merge: keep the last adapter instead")
@@ -171,8 +175,8 @@ def aggregate(
             kept = compress(residual, policy.fold_rank or None).factors
             carried[name] = converted(kept, torch.float32, "cpu")
             owed += frobenius(kept) ** 2
-        missed += frobenius(lost) ** 2
-        norm += frobenius(wanted) ** 2
+        missed += _size(lost) ** 2
+        norm += _size(wanted) ** 2
 
     share = 1 / norm if norm > 0 else 0.0
     figures = {"merge_error": math.sqrt(missed * share)}
@@ -184,6 +188,11 @@ def aggregate(
     dense = {name: _averaged(parts, name) for name in sorted(state.adapter.dense)}
     frozen = {name: factors for name, factors in sorted(frozen.items()) if factors.rank}
     return ServerState(Adapter(layers, dense, frozen), {**state.memory, **figures}, carried)
+
+
+def _size(factors: Factors) -> float:
+    """||delta W||_F, sketched where the exact one would cost more than the merge."""
+    return frobenius(factors) if factors.rank <= EXACT else sketched_frobenius(factors)
 
 
 def _parted(answer: Factors | Merged) -> tuple[Factors, Factors | None]:

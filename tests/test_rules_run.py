@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tiny import logits, tokens
 
 from fedlora.cli import main
 from fedlora.config import load_config, make_config
+from fedlora.display import start_line
 from fedlora.model import load_adapter, read_adapter
 from fedlora.own_rules import import_rule
 from fedlora.predictor import load_predictor
@@ -121,6 +123,17 @@ def test_a_policy_changes_the_result_and_gives_the_same_bytes_twice(
     _, model = load_predictor(first)
     adapter = load_adapter(model, first / "adapter")
     assert same_adapters(read_adapter(model, adapter), adapter)
+
+
+@pytest.mark.parametrize(("robust", "said"), [("none", False), ("multi_krum", True)])
+def test_robust_merging_of_few_clients_says_that_it_protects_nobody(
+    place: Place, robust: str, said: bool
+) -> None:
+    heard: dict[str, Any] = {}
+    place.run("run", lambda event, facts: heard.setdefault(event, facts), merge__robust=robust,
+              run__rounds=1)  # fmt: skip
+    assert ["protects nobody" in note for note in heard["start"]["notes"]] == [True] * said
+    assert "protects nobody" in start_line(heard["start"]) or not said
 
 
 # ---------------------------------------------------------------- a rule of one's own
