@@ -6,11 +6,14 @@ import torch
 from conftest import dense, dense_mean, merged_factors, normal
 from torch import Tensor
 
-from fedlora.adapter import Factors
-from fedlora.rules import get_rule
+from fedlora.adapter import Adapter, ClientResult, ClientState, Factors, flatten, overlay
+from fedlora.rules import Plan, get_rule
 
 SHAPE = (9, 7)
 SCALINGS = (2.0, 0.5, 4.0, 1.0)
+NAMES = ("a", "b", "c")
+EXAMPLES = {"a": 10, "b": 20, "c": 30}
+SHARES = (1 / 6, 2 / 6, 3 / 6)
 
 
 def around(
@@ -57,3 +60,19 @@ def missed(name: str, prev: Factors, clients: list[Factors], w: Tensor, **option
     """||sum w_k dW_k - what the rule gives||_F."""
     got = dense(merged_factors(get_rule(name, **options)(prev, clients, w)))
     return float((dense_mean(clients, w) - got).norm())
+
+
+def restless(
+    client: str, round: int, plan: Plan, sent: Adapter, state: ClientState
+) -> ClientResult:  # fmt: skip
+    """A fit: moves every part that the plan trains, from the client's own where it keeps some."""
+    own = plan.trains - plan.shares
+    held = sent if state.adapter is None else overlay(flatten(state.adapter, own), sent)
+    drawn = 100 * round + 10 * NAMES.index(client)
+    changed = {
+        name: tensor + 0.1 * normal(drawn + index, *tensor.shape).float()
+        for index, (name, tensor) in enumerate(flatten(held, plan.trains).items())
+    }
+    adapter = overlay(changed, held)
+    kept = ClientState(adapter if own else None)
+    return ClientResult(client, adapter, EXAMPLES[client], {}, kept)

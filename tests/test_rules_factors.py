@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from clients import SCALINGS, SHAPE, around, missed, moved, turned, written
+from clients import NAMES, SCALINGS, SHAPE, around, missed, moved, restless, turned, written
 from conftest import assert_near, dense, dense_mean, normal, orthogonal, random_factors, same_bits
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.adapter import Adapter, ClientResult, ClientState, Factors, flatten, overlay
-from fedlora.rules import Plan, get_rule
+from fedlora.adapter import Adapter, ClientResult, Factors
+from fedlora.rules import get_rule
 from fedlora.simulation import Round, simulate
 
 # ---------------------------------------------------------------- hetlora
@@ -180,26 +180,9 @@ def test_a_strength_outside_0_to_1_is_refused(strength: float) -> None:
 
 # ---------------------------------------------------------------- what stays where it is
 
-NAMES = ("a", "b", "c")
 START = Adapter(
     {"x": Factors(normal(0, 2, 5).float(), normal(1, 7, 2).float(), 0.5)}, {"h": torch.zeros(3)}
 )
-
-
-def restless(
-    client: str, round: int, plan: Plan, sent: Adapter, state: ClientState
-) -> ClientResult:  # fmt: skip
-    """Moves every part that the plan trains, from the client's own where it keeps some."""
-    own = plan.trains - plan.shares
-    held = sent if state.adapter is None else overlay(flatten(state.adapter, own), sent)
-    drawn = 100 * round + 10 * NAMES.index(client)
-    changed = {
-        name: tensor + 0.1 * normal(drawn + index, *tensor.shape).float()
-        for index, (name, tensor) in enumerate(flatten(held, plan.trains).items())
-    }
-    adapter = overlay(changed, held)
-    kept = ClientState(adapter if own else None)
-    return ClientResult(client, adapter, 10 * (1 + NAMES.index(client)), {}, kept)
 
 
 def rounds_of(name: str, **settings: float) -> list[Round]:
