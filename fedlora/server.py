@@ -153,7 +153,7 @@ def aggregate(
     frozen, carried = dict(state.adapter.frozen), dict(state.carried)
     missed = norm = tail = owed = 0.0
     for name in sorted(state.adapter.layers):
-        factors = [_precise(term.adapter.layers[name]) for term in parts]
+        factors = [term.factors(name, state.adapter.layers[name].scaling) for term in parts]
         weights = coefficients
         if name in carried:
             factors.append(_precise(carried[name]))
