@@ -169,6 +169,9 @@ def test_fedrot_meets_reflections_without_nan_or_jumps(signs: tuple[float, ...])
         pairs = ([prev, client], [prev, near])
         left, right = (dense(get_rule("fedrot")(prev, pair, [0.5, 0.5])) for pair in pairs)
         assert_near(left, right, 1e-6)
+        rules = (get_rule("fedrot", strength=0.5 + step) for step in (-1e-9, 1e-9))
+        left, right = (dense(rule(prev, pairs[0], [0.5, 0.5])) for rule in rules)
+        assert_near(left, right, 1e-6)
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.5])
