@@ -18,7 +18,7 @@ from fedlora.routes import Triplets, block_size, live_count, row_lengths, total_
 
 STEPS = 40  # blocks after which a search that has not settled gives up
 PROBES = 8  # random columns that tell how much lies outside the space found
-SETTLED = 1e-6  # a step that gains less than this share of what is left out ends the search
+SETTLED = 1e-6  # of what is left out: the search ends where gains, shrinking as they do, add less
 FLAT = 1e-13  # of the energy found: no step can be judged finer than this
 TRUST = 1e-4  # float32 finds the best space where what it leaves out is above this share
 WHOLE = 1e-12  # below this share (float64) a space holds everything
@@ -90,16 +90,17 @@ def _space(operator: Operator, rank: int, start: Tensor | None) -> tuple[Tensor,
     """Orthonormal rows (float64) near the strongest left space, and the norm of what is beyond
     the first `rank` of them (zero where the search did not settle)."""
     m, n = operator.B.shape[0], operator.A.shape[1]
-    width, limit = min(block_size(rank), m, n), min(m, n)
+    width = min(block_size(rank), m, n)
     images = _forward(operator, _start(width, operator.A, start))
     block, probes = images[:width], images[width:]
     basis: list[Tensor] = []
     mapped: list[Tensor] = []
     gram = torch.zeros(0, 0, dtype=torch.float64, device=block.device)
-    vectors, left, energy, settled = gram, 0.0, 0.0, False
+    vectors, left, energy, gained, settled = gram, 0.0, 0.0, math.inf, False
     while not settled and len(basis) < STEPS:
-        block = _orthonormal(block, basis)[: limit - len(gram)]
-        if not len(block):
+        block = _orthonormal(block, basis)[: m - len(gram)]
+        if not len(block):  # the increment has no further directions
+            settled = len(gram) > width
             break
         image = _backward(operator, block)
         basis.append(block)
@@ -109,8 +110,11 @@ def _space(operator: Operator, rank: int, start: Tensor | None) -> tuple[Tensor,
         squares, vectors = torch.linalg.eigh(gram)
         found = float(squares[-rank:].sum())
         left = float(squares[:-rank].clamp(min=0).sum()) + float(probes.square().sum()) / PROBES
-        gained, energy = found - energy, found
-        settled = gained <= max(SETTLED * left, FLAT * found) or len(gram) == limit
+        before, gained, energy = gained, found - energy, found
+        to_come = gained * gained / (before - gained) if gained < before else math.inf
+        settled = (
+            max(to_come, gained / 10) <= SETTLED * left or gained <= FLAT * found or len(gram) == m
+        )
         if math.sqrt(left) <= TRUST * operator.size:
             break
         block = _forward(operator, _orthonormal(image, []))
@@ -141,12 +145,16 @@ def _start(width: int, A: Tensor, rows: Tensor | None) -> Tensor:
 def _orthonormal(rows: Tensor, basis: list[Tensor]) -> Tensor:
     """Orthonormal rows for the part of `rows` beyond the basis: project, QR, project, QR.
 
-    A row of which nothing but rounding noise is left is dropped.
+    A row of which rounding noise alone is left is dropped: its first QR direction may be any, one
+    of the basis included, and the second projection shows it.
     """
     Q, R = torch.linalg.qr(_beyond(rows, basis).mT)
-    alive = R.diagonal().abs() > DEPENDENT * torch.linalg.vector_norm(rows, dim=1)[: len(R)]
-    rows = Q.mT[alive]
-    return torch.linalg.qr(_beyond(rows, basis).mT)[0].mT if basis else rows
+    rows = Q.mT[R.diagonal().abs() > DEPENDENT * row_lengths(rows)[: len(R)]]
+    if not basis:
+        return rows
+    rest = _beyond(rows, basis)
+    Q = torch.linalg.qr(rest[row_lengths(rest) > 0.5].mT)[0]
+    return Q.mT
 
 
 def _beyond(rows: Tensor, basis: list[Tensor]) -> Tensor:

@@ -96,7 +96,8 @@ def dense_svd(A: Float[Tensor, "R n"], B: Float[Tensor, "m R"], rank: int) -> Tr
         U, Vh = Uh.mT, V.mT
     else:
         U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
-    count = live_count(S, rank, total_length(A, B))
+    noise = math.sqrt(len(S)) * float(S[0])  # an SVD of this size rounds by more than the terms do
+    count = live_count(S, rank, max(noise, total_length(A, B)))
     return U[:, :count], S[:count], Vh[:count]
 
 

@@ -90,9 +90,9 @@ def test_krylov_can_vouch_for_what_training_leaves_and_not_for_what_float32_cann
         torch.linalg.qr(normal(1, M, 60))[0] * 0.5 ** torch.arange(60, dtype=torch.float64),
         1.0,
     )
-    assert krylov_svd(steep.A, steep.B, 12) is None
-    assert krylov_svd(steep.A, steep.B, 3) is not None
-    for rank in (3, 12):
+    assert krylov_svd(steep.A, steep.B, 12) is not None  # leaves out 2e-4
+    assert krylov_svd(steep.A, steep.B, 16) is None  # 1e-5
+    for rank in (3, 12, 16, 50):
         assert_best(truncate(steep, rank, route="krylov"), dense(steep), rank)
 
 
@@ -287,22 +287,20 @@ def test_truncate_takes_the_chosen_route(pairs: int, taken: Route) -> None:
 @pytest.mark.parametrize(("pairs", "taken"), [(60, "qr"), (300, "dense")])
 def test_exactness_takes_qr_or_the_dense_matrix(pairs: int, taken: Route) -> None:
     factors = Factors(normal(0, pairs, N), normal(1, M, pairs), 1.0)
-    for wanted in (
-        truncate(factors, 5, route="exact"),
-        truncate(factors, 5, gauge="orthonormal"),
-    ):
-        gauge = (
-            "balanced" if wanted is not None and wanted.A.norm(dim=1)[0] > 1.5 else "orthonormal"
-        )
-        assert same_bits(wanted, truncate(factors, 5, gauge=gauge, route=taken))
+    wanted = truncate(factors, 5, route=taken)
+    assert same_bits(truncate(factors, 5, route="exact"), wanted)
+    wanted = truncate(factors, 5, gauge="orthonormal", route=taken)
+    assert same_bits(truncate(factors, 5, gauge="orthonormal"), wanted)
 
 
-def test_many_terms_cost_krylov_less_than_their_gram_matrices() -> None:
-    """By count of floating-point operations: R^2 against R (rank + 4)."""
-    factors = Factors(normal(0, 2000, N), normal(1, M, 2000), 1.0)
-    assert flops(factors, 5) < 2 * 2000**2 * N / 4
+def test_many_terms_cost_krylov_less_than_their_gram_matrices_would() -> None:
+    """By count of floating-point operations: R^2 (m + n) against R (m + n) (rank + 4) a step."""
+    factors = stack("near", m=300, n=300)
+    many = Factors(factors.A.repeat(40, 1), factors.B.repeat(1, 40), 0.5)
+    assert flops(many, 5) < 2800**2 * 600 / 4
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_an_unknown_route_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="unknown route 'fast'; known are auto, gram, krylov"):
         truncate(random_factors(0), 2, route="fast")  # type: ignore[arg-type]
