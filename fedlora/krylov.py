@@ -153,8 +153,9 @@ def _orthonormal(rows: Tensor, basis: list[Tensor]) -> Tensor:
     if not basis:
         return rows
     rest = _beyond(rows, basis)
-    Q = torch.linalg.qr(rest[row_lengths(rest) > 0.5].mT)[0]
-    return Q.mT
+    Q, _ = torch.linalg.qr(rest[row_lengths(rest) > 0.5].mT)
+    outside: Tensor = Q.mT
+    return outside
 
 
 def _beyond(rows: Tensor, basis: list[Tensor]) -> Tensor:
