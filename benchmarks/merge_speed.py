@@ -4,9 +4,9 @@
         [--shapes 4096x4096 4096x11008] [--dense-seconds 4096x4096=60 ...] [--skip-dense]
 
 One process per case, one thread. Clients are float32, each a common increment with a falling
-spectrum plus half as much of its own. "Excess" is the error beyond the best one: the best error is
-||W||^2 minus the leading eigenvalues of its Gram matrices, in float64, from R x R (R <= 2000) or
-from W W^T, m x m, summed client by client. The dense SVD (float32, as FlexLoRA's) runs once a shape.
+spectrum plus half as much of its own. "Excess" is the error beyond the best one, in float64: from
+QR of both stacks and the SVD of R x R (R <= 2000), else from the eigenvalues of the m x m matrix
+W W^T (none for R > 16000). The dense SVD (float32, as FlexLoRA's) runs once a shape.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def main() -> None:
         if shape not in dense and not args.skip_dense:
             dense[shape] = child("dense", shape)["seconds"]
             print(f"one dense float32 SVD of {shape}: {dense[shape]:.1f} s", flush=True)
-    print("| layer | clients | r | route | ms | dense SVD is slower by | excess | extra MB | of reads |"
-          " of products |")  # fmt: skip
+    print("| layer | clients | r | route | ms | dense SVD slower by | excess | extra MB "
+          "| of reads | of products |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|")
     seconds: dict[tuple[int, int], dict[str, float]] = {}
     for shape in args.shapes:
@@ -92,8 +92,8 @@ def line(
     slower = f"{dense / row['seconds']:,.0f}x" if dense else "-"
     excess = f"{row['excess']:.0e}" if "excess" in row else "-"
     return (
-        f"| {shape} | {clients} | {rank} | {row['route']} | {1000 * row['seconds']:,.0f} | {slower} "
-        f"| {excess} | {row['extra'] / 1e6:,.0f} | {read:.0%} | {work:.0%} |"
+        f"| {shape} | {clients} | {rank} | {row['route']} | {1000 * row['seconds']:,.0f} "
+        f"| {slower} | {excess} | {row['extra'] / 1e6:,.0f} | {read:.0%} | {work:.0%} |"
     )
 
 
@@ -191,10 +191,8 @@ def excess(mixed, merged, rank: int) -> float:
 
     A, B = mixed.A.double(), mixed.B.double()
     if len(A) <= SMALL:
-        Q_b, R_b = torch.linalg.qr(B)
-        Q_a, R_a = torch.linalg.qr(A.mT)
-        values = torch.linalg.svdvals(R_b @ R_a.mT)
-        squares = values.square()
+        R_b, R_a = torch.linalg.qr(B, mode="r")[1], torch.linalg.qr(A.mT, mode="r")[1]
+        squares = torch.linalg.svdvals(R_b @ R_a.mT).square()
     else:
         W = B @ A
         del A, B

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedlora.routes import Triplets, block_size, live_count, row_lengths, total_length
+from fedlora.routes import CHUNK, Triplets, block_size, live_count, row_lengths
 
 STEPS = 40  # blocks after which a search that has not settled gives up
 PROBES = 8  # random columns that tell how much lies outside the space found
@@ -24,7 +24,6 @@ TRUST = 1e-4  # float32 finds the best space where what it leaves out is above t
 WHOLE = 1e-12  # below this share (float64) a space holds everything
 DEPENDENT = 1e-6  # a row of a block that keeps less than this of its length is rounding noise
 SAFE = 2.0**30  # lengths within 1 / SAFE .. SAFE cannot overflow in float32
-CHUNK = 2**20  # numbers converted at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,20 +50,21 @@ def krylov_svd(
     copy. None where it cannot vouch for the result: where the terms cancel, where what is left out
     is below float32's digits (and not zero), or where the search did not settle.
     """
-    operator = _operator(A, B)
+    lengths = row_lengths(A), row_lengths(B.mT)
+    operator = _operator(A, B, *lengths)
     with _full_precision(A.device.type):
         rows, outside = _space(operator, rank, start)
+    terms = lengths[0] * lengths[1]
     if outside > TRUST * operator.size:
-        return _projected(A, B, rows[:rank])
-    return _whole(A, B, rows, rank)
+        return _projected(A, B, rows[:rank], terms)
+    return _whole(A, B, rows, rank, terms)
 
 
-def _operator(A: Tensor, B: Tensor) -> Operator:
+def _operator(A: Tensor, B: Tensor, length_a: Tensor, length_b: Tensor) -> Operator:
     """Float32 copies with powers of two taken out of each row, which are put into c.
 
     Factors in float32 with lengths that cannot overflow serve as they are.
     """
-    length_a, length_b = row_lengths(A), row_lengths(B.mT)
     lengths = torch.cat([length_a, length_b])
     if A.dtype == B.dtype == torch.float32 and 1 / SAFE < lengths.min() <= lengths.max() < SAFE:
         return Operator(
@@ -182,15 +182,15 @@ def _backward(operator: Operator, rows: Tensor) -> Tensor:
     return ((rows @ operator.B) * operator.c) @ operator.A
 
 
-def _projected(A: Tensor, B: Tensor, rows: Tensor) -> Triplets:
+def _projected(A: Tensor, B: Tensor, rows: Tensor, terms: Tensor) -> Triplets:
     """The SVD of U U^T B A in float64 for the orthonormal rows U^T."""
     Q, R = torch.linalg.qr(_product(B.mT, A, rows).mT)
     left, S, right = torch.linalg.svd(R, full_matrices=False)
-    count = live_count(S, len(S), total_length(A, B))
+    count = live_count(S, len(S), float(terms.sum()))
     return rows.mT @ right.mT[:, :count], S[:count], (Q @ left[:, :count]).mT
 
 
-def _whole(A: Tensor, B: Tensor, rows: Tensor, rank: int) -> Triplets | None:
+def _whole(A: Tensor, B: Tensor, rows: Tensor, rank: int, terms: Tensor) -> Triplets | None:
     """The SVD of B A where it has no more directions than there are rows; None where it has.
 
     One more product with W^T and W in float64 makes the space exact; fresh probes look beyond it.
@@ -203,10 +203,10 @@ def _whole(A: Tensor, B: Tensor, rows: Tensor, rank: int) -> Triplets | None:
     images = _product(A, B.mT, both)
     missed = float(images[len(V) :].square().sum().div(PROBES).sqrt())
     left, S, right = torch.linalg.svd(images[: len(V)].mT, full_matrices=False)
-    size = float((row_lengths(A) * row_lengths(B.mT)).norm())
+    size = float(terms.norm())
     if missed > WHOLE * size or float(S[0]) < TRUST * size:
         return None
-    count = live_count(S, rank, total_length(A, B))
+    count = live_count(S, rank, float(terms.sum()))
     return left[:, :count], S[:count], right[:count] @ V
 
 

@@ -22,6 +22,7 @@ CANCELLED = 1e-5  # below this share of the terms' size the sum has cancelled: t
 DENSE_SHARE = 0.8  # of min(m, n): from this R on a dense SVD beats QR of both factors
 EPSILON = torch.finfo(torch.float64).eps
 BLOCKS = 12  # up to so many blocks of pairs two Gram matrices are faster (measured on CPUs)
+CHUNK = 2**18  # numbers converted at once
 
 
 def chosen_route(pairs: int, m: int, n: int, rank: int) -> Name:
@@ -105,9 +106,14 @@ def dense_svd(A: Float[Tensor, "R n"], B: Float[Tensor, "m R"], rank: int) -> Tr
 
 
 def row_lengths(rows: Tensor) -> Tensor:
-    """The length of each row, in float64."""
-    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    return lengths
+    """The length of each row, in float64, read in the order in which the numbers lie."""
+    if rows.stride(1) <= rows.stride(0):
+        parts = torch.split(rows, max(64, CHUNK // max(1, rows.shape[1])))
+        return torch.cat([torch.linalg.vector_norm(part.double(), dim=1) for part in parts])
+    squares = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    for part in torch.split(rows.mT, max(64, CHUNK // max(1, len(rows)))):
+        squares += part.double().square().sum(dim=0)
+    return squares.sqrt()
 
 
 def total_length(A: Tensor, B: Tensor) -> float:
