@@ -6,7 +6,7 @@
 One process per case, one thread. Clients are float32, each a common increment with a falling
 spectrum plus half as much of its own. "Excess" is the error beyond the best one, in float64: from
 QR of both stacks and the SVD of R x R (R <= 2000), else from the eigenvalues of the m x m matrix
-W W^T (none for R > 16000). The dense SVD (float32, as FlexLoRA's) runs once a shape.
+W W^T (none where m n R > 1.5e11). The dense SVD (float32, as FlexLoRA's) runs once a shape.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def merge_case(shape: str, clients: str, rank: str, reference: str) -> dict:
         with FlopCounterMode(display=False) as counter:
             rule(previous, sent, weights)
         result["flops"] = counter.get_total_flops()
-    if int(reference) and R <= 16000:
+    if int(reference) and (R <= SMALL or m * n * R < 1.5e11):
         result["excess"] = excess(mix(sent, weights, 2.0), merged, r)
     return result
 
