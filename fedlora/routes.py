@@ -8,6 +8,7 @@ the last digits; `krylov`, for large R, has a file of its own.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 import torch
@@ -55,7 +56,6 @@ def gram_svd(
     once the rank rows are balanced (|b_i| = |a_i|) so that scales of 1e-18 to 1e15 do no harm. No
     row of A and no column of B may be zero.
     """
-    A, B = A.double(), B.double()
     gram_b, gram_a = _gram(B.mT), _gram(A)
     length_b, length_a = gram_b.diagonal().sqrt(), gram_a.diagonal().sqrt()
     d = (length_a / length_b).sqrt()
@@ -70,8 +70,8 @@ def gram_svd(
     floor = max(GRAM_FLOOR * float(S[0]), EPSILON * size)
     count = min(rank, int(torch.count_nonzero(floor < S)))
     S, P = S[:count], (L @ Q.flip(1)[:, :count]) / S[:count]
-    U = B @ ((gram_a @ P) / S * d[:, None])
-    Vh = (P / d[:, None]).mT @ A
+    U = _combined(B.mT, (gram_a @ P) / S * d[:, None]).mT
+    Vh = _combined(A, P / d[:, None])
     lost = count == 0 or float(S[0]) < CANCELLED * size or float(S[-1]) < GRAM_FLOOR * size
     return U, S, Vh, lost
 
@@ -127,8 +127,24 @@ def live_count(S: Tensor, rank: int, size: float) -> int:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """rows @ rows^T; on the CPU by NumPy, whose symmetric product is 1.6x as fast."""
-    if rows.device.type == "cpu":
-        array = rows.numpy()
-        return torch.from_numpy(array @ array.T)
-    return rows @ rows.mT
+    """rows @ rows^T in float64; on the CPU by NumPy, whose symmetric product is 1.6x as fast."""
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    for part in _strips(rows):
+        if rows.device.type == "cpu":
+            array = part.numpy()
+            total += torch.from_numpy(array @ array.T)
+        else:
+            total += part @ part.mT
+    return total
+
+
+def _combined(rows: Tensor, coefficients: Tensor) -> Tensor:
+    """coefficients^T @ rows in float64."""
+    return torch.cat([coefficients.mT @ part for part in _strips(rows)], dim=1)
+
+
+def _strips(rows: Tensor) -> Iterator[Tensor]:
+    """A few columns of all rows at a time, in float64: no second stack is ever held."""
+    width = max(256, 2 * CHUNK // max(1, len(rows)))
+    for part in torch.split(rows, width, dim=1):
+        yield part.double()
