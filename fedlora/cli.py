@@ -149,7 +149,9 @@ def merge(
     adapters: Annotated[
         list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter folders in PEFT's form.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The new folder to write.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The new folder to write.")
+    ] = None,
     rule: Annotated[str, typer.Option(help="Merge rule; `fedlora rules` lists them.")] = "fra",
     rank: Annotated[
         str, typer.Option(help="Rank of all layers, or auto:SHARE of the energy; else as put in.")
@@ -177,7 +179,8 @@ def merge(
     console = Console()
     outcome = merged(
         adapters,
-        None if dry_run else out,
+        out,
+        dry_run=dry_run,
         rule=rule,
         options=option or [],
         rank=rank,

@@ -50,7 +50,7 @@ def parsed_rank(rank: int | str | None) -> int | float | None:
     )
 
 
-def parsed_weights(weights: Sequence[float] | None, count: int) -> Tensor:
+def parsed_weights(weights: Sequence[int | float] | None, count: int) -> Tensor:
     """The weights divided by their sum (float64), all alike for None.
 
     ValueError for a count other than one each, a weight that is no number, NaN, infinite or
@@ -64,9 +64,10 @@ def parsed_weights(weights: Sequence[float] | None, count: int) -> Tensor:
             raise ValueError(f"weight {value!r} is not a finite number >= 0")
     if len(given) != count:
         raise ValueError(f"{len(given)} weights for {count} adapters: give one per adapter")
-    total = math.fsum(given)
+    total = sum(given)
     if not 0 < total < math.inf:
-        raise ValueError(f"the weights sum to {total:g}: at least one must be above 0")
+        raise ValueError(f"the weights sum to {total:g}: give a finite sum above 0")
+    total = math.fsum(given)
     return checked_weights([value / total for value in given], count)
 
 

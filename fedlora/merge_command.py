@@ -31,19 +31,24 @@ def merged(
     dtype: str = "float32",
     other_base: bool = False,
     report: bool = False,
+    dry_run: bool = False,
     console: Console | None = None,
 ) -> Outcome:
     """Merges as the command line says; `out` also gets a card and, with `report`, the figure.
 
-    ValueError for every argument that makes no sense, before anything is read; without `out`
-    nothing is written.
+    ValueError for every argument that makes no sense, before anything is read; with `dry_run` all
+    is done but the writing, and `out` may be left out.
     """
+    if out is None and not dry_run:
+        raise ValueError("--out is missing: name the new folder to write, or say --dry-run")
+    if out is not None and out.exists():
+        raise ValueError(f"{out} exists already; nothing was written: name another folder")
     if dtype not in DTYPES:
         raise ValueError(
             f"unknown dtype {dtype!r}{near(dtype, DTYPES)}; known: {', '.join(DTYPES)}"
         )
     chosen = get_rule(rule, **dict(_option(text) for text in options))
-    if report and out is not None:
+    if report and not dry_run:
         _check_can_draw()
 
     def finish(folder: Path, outcome: Outcome) -> None:
@@ -61,7 +66,7 @@ def merged(
         return merge_folders(
             adapters,
             chosen,
-            out,
+            None if dry_run else out,
             rank=rank or None,
             weights=_weights(weights) if weights else None,
             dtype=DTYPES[dtype],

@@ -103,7 +103,7 @@ def merge_folders(
     out: Path | str | None = None,
     *,
     rank: int | str | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[int | float] | None = None,
     dtype: torch.dtype = torch.float32,
     other_base: bool = False,
     finish: Callable[[Path, Outcome], None] | None = None,

@@ -176,7 +176,7 @@ def _alpha(scaling: float, rank: int, rslora: bool) -> int | float:
 
 
 def _divisor(rank: int, rslora: bool) -> float:
-    return math.sqrt(rank) if rslora else rank
+    return math.sqrt(rank) if rslora else float(rank)
 
 
 def _wrapped(pattern: str) -> str:

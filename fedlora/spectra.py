@@ -18,15 +18,15 @@ LOWEST = 1e-6  # of the largest singular value: what lies below is not drawn
 
 def draw_spectra(outcome: Outcome) -> Figure:
     """Left: the singular values of each layer's averaged increment, relative to the largest.
-    Right: in model order, the rank that holds 99 % of each layer's energy beside the rank written.
+    Right: the rank that holds 99 % of each layer's energy beside the rank written.
     """
     layers = sorted(outcome.layers, key=lambda layer: natural(layer.name))
     names = [layer.name for layer in layers]
     named = dict(zip(names, shortened(names), strict=True))
     worst = outcome.worst(WORST)
     figure = new_figure(11.0, 4.9)
-    left = figure.add_axes((0.07, 0.30, 0.41, 0.58))
-    right = figure.add_axes((0.56, 0.30, 0.41, 0.58))
+    left = figure.add_axes((0.07, 0.26, 0.41, 0.62))
+    right = figure.add_axes((0.56, 0.26, 0.41, 0.62))
     _falls(left, layers, worst, named)
     _needs(right, layers, worst)
     handles, labels = left.get_legend_handles_labels()
@@ -85,7 +85,7 @@ def _needs(ax: Axes, layers: list[LayerOutcome], worst: list[LayerOutcome]) -> N
         color=GREY,
         loc="left",
     )
-    ax.set_xlabel("layer, in the model's order", fontsize=9.5, color=GREY)
+    ax.set_xlabel("layer, by its number and name", fontsize=9.5, color=GREY)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.yaxis.get_major_locator().set_params(integer=True)
 
