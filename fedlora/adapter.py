@@ -17,6 +17,7 @@ from torch import Tensor
 Part: TypeAlias = Literal["A", "B", "head", "frozen"]
 PARTS: frozenset[Part] = frozenset({"A", "B", "head"})  # what can be trained
 WHOLE: frozenset[Part] = PARTS | {"frozen"}
+BLOCK = 1024  # rank rows at a time, where a product of all with all would fill the memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,11 @@ class ClientResult:
     state: ClientState = field(default_factory=ClientState)
 
 
+def lora_scaling(alpha: float, rank: int, rslora: bool) -> float:
+    """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023, 2312.03732)."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
 # ---------------------------------------------------------------- the algebra of one layer
 
 
@@ -142,10 +148,33 @@ def mix(clients: Iterable[Factors], weights: Iterable[Tensor | float], scaling: 
     return Factors(torch.cat(rows), torch.cat(columns, dim=1), scaling)
 
 
+def change(before: Factors, after: Factors) -> Factors:
+    """What became of an increment: s (B A - B_0 A_0) = s [B - B_0, B_0] [A; A - A_0], of rank 2 r.
+
+    Nothing cancels: the norm of a small change is as exact as that of a large one.
+    """
+    equal_ranks(before, [after])
+    start = rescaled(before, after.scaling)
+    A = torch.cat([after.A, after.A - start.A])
+    B = torch.cat([after.B - start.B, start.B], dim=1)
+    return Factors(A, B, after.scaling)
+
+
+def equal_ranks(prev: Factors, clients: Sequence[Factors]) -> None:
+    """ValueError unless every client's factors have the rank of the previous ones."""
+    for client in clients:
+        if client.rank != prev.rank:
+            raise ValueError(
+                f"factors of rank {client.rank} beside the previous ones of rank {prev.rank}: "
+                "equal ranks are needed here; use a rule for mixed ranks (fra)"
+            )
+
+
 def inner(left: Factors, right: Factors) -> float:
     """<delta W, delta W'> = s s' sum (B^T B') o (A A'^T) in O(r^2 (m + n)); wants float64."""
-    product = ((left.B.mT @ right.B) * (left.A @ right.A.mT)).sum()
-    return left.scaling * right.scaling * float(product)
+    blocks = zip(torch.split(left.B, BLOCK, dim=1), torch.split(left.A, BLOCK), strict=True)
+    products = (float(((B.mT @ right.B) * (A @ right.A.mT)).sum()) for B, A in blocks)
+    return left.scaling * right.scaling * sum(products)
 
 
 def frobenius(factors: Factors) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
@@ -20,6 +20,7 @@ from fedlora.config import Config
 from fedlora.data import Data
 from fedlora.evaluate import Scores, autocast, evaluate
 from fedlora.model import Model, read_adapter, train_only, write_adapter
+from fedlora.moments import moments, restore, transported
 from fedlora.partition import Rows
 from fedlora.rules import Plan
 from fedlora.seeding import derive, numpy_generator
@@ -41,11 +42,13 @@ def make_fit(model: Model, data: Data, config: Config) -> Fit:
         kept_parts = plan.trains - plan.shares
         if state.adapter is not None:
             adapter = overlay(flatten(state.adapter, kept_parts), adapter)
+        if config.client.optimiser == "transport" and state.adapter is not None:
+            state = replace(state, optimiser=transported(state.optimiser, state.adapter, adapter))
         write_adapter(model, adapter)
         with torch.random.fork_rng(_cuda_index(model)):
             torch.manual_seed(derive(config.run.seed, "client", client, round))
             training = _train(model, data, config, client, round, plan, state)
-        trained = read_adapter(model)
+        trained = read_adapter(model, adapter)
         metrics = training.metrics | _own_scores(model, data, config, client, round)
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in flatten(trained).values())
         if not (finite and all(map(math.isfinite, metrics.values()))):
@@ -53,7 +56,8 @@ def make_fit(model: Model, data: Data, config: Config) -> Fit:
                 f"client {client}: training diverged in round {round} (loss "
                 f"{metrics['train_loss']}): lower client.lr, now {config.client.lr}"
             )
-        kept = ClientState(trained if kept_parts else None, training.optimiser)
+        keeps = kept_parts or config.client.optimiser == "transport"
+        kept = ClientState(trained if keeps else None, training.optimiser)
         return ClientResult(client, trained, len(data.rows[client]), metrics, kept)
 
     return fit
@@ -149,7 +153,8 @@ def _train(
         weight_decay=settings.weight_decay,
         fused=model.device.type in ("cpu", "cuda"),
     )
-    _restore(optimiser, parameters, state.optimiser)
+    restore(optimiser, parameters, state.optimiser)
+    anchors = {name: p.detach().clone() for name, p in parameters.items()} if settings.prox else {}
     steps = steps_per_round(settings, len(rows))
     stream = batches(
         rows, data.train.lengths, settings.batch, config.run.seed, client, (round - 1) * steps
@@ -169,6 +174,7 @@ def _train(
             logits = model.network(**inputs).logits
         loss = cross_entropy(logits.float(), labels)
         loss.backward()
+        _pull(parameters, anchors, settings.prox)
         if settings.clip:
             nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
         optimiser.step()
@@ -182,8 +188,18 @@ def _train(
         "learning_rate_last": rates[-1],
         "seconds_compute": seconds,
     }
-    kept = _moments(optimiser, parameters) if settings.optimiser == "keep" else {}
+    kept = {} if settings.optimiser == "reset" else moments(optimiser, parameters)
     return _Training(metrics, kept)
+
+
+def _pull(
+    parameters: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor], prox: float
+) -> None:
+    """FedProx (Li et al. 2020, 1812.06127): adds prox * (parameter - anchor) to each gradient."""
+    for name, anchor in anchors.items():
+        gradient = parameters[name].grad
+        if gradient is not None:
+            gradient.add_(parameters[name].detach() - anchor, alpha=prox)
 
 
 def _own_scores(
@@ -204,34 +220,6 @@ def _own_scores(
         for name, value in found.record().items()
     }
     return named | {"seconds_evaluate": perf_counter() - began}
-
-
-def _moments(
-    optimiser: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor]:
-    """AdamW's tensors by parameter name, copied to the CPU."""
-    return {
-        f"{name}.{key}": value.detach().to("cpu", copy=True)
-        for name, parameter in parameters.items()
-        for key, value in optimiser.state[parameter].items()
-    }
-
-
-def _restore(
-    optimiser: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    kept: Mapping[str, Tensor],
-) -> None:
-    """Gives kept moments back to the parameters that had them."""
-    for name, parameter in parameters.items():
-        moments = {
-            key: kept[f"{name}.{key}"]
-            for key in ("step", "exp_avg", "exp_avg_sq")
-            if f"{name}.{key}" in kept
-        }
-        for key, value in moments.items():
-            place = "cpu" if key == "step" and parameter.device.type == "cpu" else parameter.device
-            optimiser.state[parameter][key] = value.to(place, copy=True)
 
 
 def _cuda_index(model: Model) -> list[int]:

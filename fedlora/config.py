@@ -12,9 +12,10 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from fedlora.hints import near
+from fedlora.policy import residual_policy
 from fedlora.rules import Option, get_rule
 from fedlora.settings import (
     ClientSettings,
@@ -160,17 +161,26 @@ def _coerced(key: str, value: Any, kind: Any) -> Any:
         value = float(value)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         raise problem
-    if kind == list[str]:
-        return [entry if isinstance(entry, str) else json.dumps(entry) for entry in value]
-    if kind == list[list[float]]:
-        if not all(isinstance(row, list) and all(map(_is_number, row)) for row in value):
-            raise problem
-        return [[float(share) for share in row] for row in value]
+    if wanted is list:
+        return _list_of(get_args(kind)[0], value, problem)
     if kind == dict[str, str] and not all(isinstance(entry, str) for entry in value.values()):
         raise problem
     if wanted is dict:
         return {name: entry for name, entry in value.items() if entry is not None}
     return value
+
+
+def _list_of(kind: Any, values: list[Any], problem: ValueError) -> list[Any]:
+    """The entries as texts, whole numbers, or lists of numbers."""
+    if kind is str:
+        return [entry if isinstance(entry, str) else json.dumps(entry) for entry in values]
+    if kind is int:
+        if not all(str(entry).isdecimal() for entry in values):
+            raise problem
+        return [int(entry) for entry in values]
+    if not all(isinstance(row, list) and all(map(_is_number, row)) for row in values):
+        raise problem
+    return [[float(share) for share in row] for row in values]
 
 
 def _from_text(text: str, wanted: Any) -> Any:
@@ -204,10 +214,7 @@ def _check(config: Config) -> None:
         values = getattr(config, section.name)
         for key in fields(values):
             _in_range(f"{section.name}.{key.name}", getattr(values, key.name), key.metadata)
-    try:
-        get_rule(config.merge.rule, **config.merge.options)
-    except ValueError as error:
-        raise ValueError(f"merge.rule: {error}") from None
+    _check_merge(config)
     if config.partition.by == "shares" and len(config.partition.shares) != config.partition.clients:
         raise ValueError(
             f"partition.shares lists {len(config.partition.shares)} clients, "
@@ -224,6 +231,31 @@ def _check(config: Config) -> None:
         raise ValueError(
             "run.save_best needs data.holdout above 0: it chooses on held-out training rows"
         )
+
+
+def _check_merge(config: Config) -> None:
+    """Rule, options, residual and ranks must go together."""
+    merge, ranks = config.merge, config.client.ranks
+    try:
+        rule = get_rule(merge.rule, **merge.options)
+        residual_policy(rule, None if merge.residual == "rule" else merge.residual)
+    except ValueError as error:
+        raise ValueError(f"merge.rule: {error}") from None
+    if any(not 1 <= rank <= config.model.rank for rank in ranks):
+        raise ValueError(
+            f"client.ranks = {ranks} must lie in 1..{config.model.rank}, the global model.rank"
+        )
+    if set(ranks) - {config.model.rank}:
+        if rule.laws["mixed_ranks"] is not True:
+            raise ValueError(
+                f"client.ranks = {ranks} do not go with rule {rule.name!r}: "
+                f"{rule.laws['mixed_ranks']}; fra takes them"
+            )
+        if rule.options.get("gauge") == "aligned":
+            raise ValueError(
+                "gauge 'aligned' mixes the pairs, so that the first ones are not the strongest: "
+                "with client.ranks take 'balanced', and client.optimiser = 'transport'"
+            )
 
 
 def _meaning(metadata: Mapping[str, Any]) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,25 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from peft.utils import ModulesToSaveWrapper
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from fedlora.adapter import Adapter, Factors, Part, flatten, increment, overlay
+from fedlora.adapter import (
+    WHOLE,
+    Adapter,
+    Factors,
+    Part,
+    converted,
+    cut,
+    flatten,
+    increment,
+    padded,
+    rescaled,
+)
+from fedlora.adapter_folder import open_folder, write_folder
 from fedlora.base import (
     HEADS,
     choose_device,
@@ -46,7 +57,10 @@ _PARTS: dict[str, Part] = {"lora_A": "A", "lora_B": "B"}
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A frozen base with one LoRA adapter in place, its tokenizer, and where it computes."""
+    """A frozen base with one LoRA adapter in place, its tokenizer, and where it computes.
+
+    `frozen` holds (A, B) of what was folded, for the layers that have any: added to their output.
+    """
 
     network: PeftModel
     tokenizer: Any
@@ -54,6 +68,13 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     settings: ModelSettings
+    frozen: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def lora_layers(self) -> dict[str, LoraLayer]:
+        """The adapted layers by name."""
+        named = self.network.base_model.model.named_modules()
+        return {path: module for path, module in named if isinstance(module, LoraLayer)}
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -68,14 +89,10 @@ class Model:
                 found |= {f"{path}.{name}": parameter for name, parameter in saved}
         return dict(sorted(found.items()))
 
-    @cached_property
+    @property
     def scalings(self) -> dict[str, float]:
-        """Each adapted layer's scaling as PEFT applies it."""
-        return {
-            path: module.scaling["default"]
-            for path, module in self.network.base_model.model.named_modules()
-            if isinstance(module, LoraLayer)
-        }
+        """Each adapted layer's scaling as PEFT applies it now."""
+        return {path: layer.scaling["default"] for path, layer in self.lora_layers.items()}
 
 
 def load_model(
@@ -106,36 +123,54 @@ def load_model(
     model = Model(network, tokenizer, tuple(labels), place, dtype, settings)
     for parameter in model.parameters.values():
         parameter.data = parameter.data.float()
+    for path, layer in model.lora_layers.items():
+        layer.register_forward_hook(partial(_add_frozen, model.frozen, path))
     train_only(model, frozenset())
     return model
 
 
-def read_adapter(model: Model) -> Adapter:
-    """The adapter now in the model, as float32 copies on the CPU."""
+def read_adapter(model: Model, like: Adapter | None = None) -> Adapter:
+    """The adapter now in the model, as float32 copies on the CPU.
+
+    With `like`, what was written: its ranks (the zero pairs beyond them are left out) and its
+    frozen increments.
+    """
     tensors = {
         name: parameter.detach().to("cpu", torch.float32, copy=True)
         for name, parameter in model.parameters.items()
     }
-    layers = {
-        name: Factors(tensors.pop(f"{name}.lora_A"), tensors.pop(f"{name}.lora_B"), scaling)
-        for name, scaling in sorted(model.scalings.items())
-    }
-    return Adapter(layers, tensors)
+    layers: dict[str, Factors] = {}
+    for name, scaling in sorted(model.scalings.items()):
+        A, B = tensors.pop(f"{name}.lora_A"), tensors.pop(f"{name}.lora_B")
+        rank = len(A) if like is None else like.layers[name].rank
+        layers[name] = Factors(A[:rank].contiguous(), B[:, :rank].contiguous(), scaling)
+    return Adapter(layers, tensors, {} if like is None else like.frozen)
 
 
 def write_adapter(model: Model, adapter: Adapter) -> None:
-    """Copies an adapter into the model.
+    """Copies an adapter into the model, with its scaling and what is frozen in it.
 
+    Smaller ranks than the model's are padded with zero pairs, which no gradient reaches.
     ValueError (and nothing written) unless it fits and is finite.
     """
     check_fits(model, adapter)
+    layers = {
+        name: padded(factors, model.lora_layers[name].r["default"])
+        for name, factors in adapter.layers.items()
+    }
     with torch.no_grad():
-        for name, tensor in flatten(adapter).items():
+        for name, tensor in flatten(replace(adapter, layers=layers)).items():
             model.parameters[name].copy_(tensor)
+    for name, factors in adapter.layers.items():
+        model.lora_layers[name].scaling["default"] = factors.scaling
+    model.frozen.clear()
+    for name, factors in adapter.frozen.items():
+        plain = converted(rescaled(factors, 1.0), torch.float32, model.device)
+        model.frozen[name] = (plain.A, plain.B)
 
 
 def check_fits(model: Model, adapter: Adapter) -> None:
-    """ValueError unless names, shapes and scalings are the model's and every number is finite."""
+    """ValueError unless names and shapes are the model's (smaller ranks fit) and all is finite."""
     parameters = model.parameters
     tensors = flatten(adapter)
     if tensors.keys() != parameters.keys():
@@ -143,19 +178,22 @@ def check_fits(model: Model, adapter: Adapter) -> None:
         side = "the adapter lacks" if odd in parameters else "the model has no place for"
         raise ValueError(f"{side} {odd!r}: adapter and model must have the same layers and head")
     for name, tensor in tensors.items():
-        if tensor.shape != parameters[name].shape:
+        want = list(parameters[name].shape)
+        layer, _, part = name.rpartition(".")
+        if layer in adapter.layers and part in _PARTS:
+            axis = 0 if part == "lora_A" else 1
+            want[axis] = min(want[axis], adapter.layers[layer].rank)
+        if list(tensor.shape) != want:
             raise ValueError(
                 f"{name!r} has shape {tuple(tensor.shape)}, the model holds "
                 f"{tuple(parameters[name].shape)}"
             )
+    for name, factors in adapter.frozen.items():
+        if name not in adapter.layers or factors.shape != adapter.layers[name].shape:
+            raise ValueError(f"a frozen increment of shape {factors.shape} fits no layer {name!r}")
+    for name, tensor in flatten(adapter, WHOLE).items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name!r} holds NaN or Inf: it is not written to a model")
-    for layer, scaling in model.scalings.items():
-        if adapter.layers[layer].scaling != scaling:
-            raise ValueError(
-                f"layer {layer!r} comes with scaling {adapter.layers[layer].scaling}, "
-                f"the model was made with {scaling}: rescale it first"
-            )
 
 
 def train_only(model: Model, parts: Iterable[Part]) -> dict[str, nn.Parameter]:
@@ -171,18 +209,16 @@ def train_only(model: Model, parts: Iterable[Part]) -> dict[str, nn.Parameter]:
 
 
 def save_adapter(model: Model, adapter: Adapter, folder: Path) -> None:
-    """Writes the adapter in PEFT's form (safetensors), complete or not at all.
+    """Writes the adapter in PEFT's form (safetensors), complete or not at all; `folder` must be
+    new.
 
-    `folder` must be new.
+    What earlier merges folded is stacked onto its layer: one adapter of the summed rank.
     """
-    write_adapter(model, adapter)
-    config = model.network.peft_config["default"]
-    config.base_model_name_or_path = portable_name(model.settings.name)
-    with new_folder(folder) as temporary:
-        model.network.save_pretrained(
-            temporary, safe_serialization=True, save_embedding_layers=False
-        )
-        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty template; ours is the card
+    check_fits(model, adapter)
+    config = model.network.peft_config["default"].to_dict()
+    config["base_model_name_or_path"] = portable_name(model.settings.name)
+    config["inference_mode"] = True
+    write_folder(folder, adapter, config)
 
 
 def save_merged(model: Model, adapter: Adapter, folder: Path) -> None:
@@ -191,7 +227,7 @@ def save_merged(model: Model, adapter: Adapter, folder: Path) -> None:
         base, _ = load_base(model.settings, model_source(model.settings.name), model.labels)
     base.config.pad_token_id = model.tokenizer.pad_token_id
     tensors = base.state_dict()
-    for name, factors in adapter.layers.items():
+    for name, factors in [*adapter.layers.items(), *adapter.frozen.items()]:
         W = tensors[f"{name}.weight"]
         delta = increment(factors)
         W += (delta.T if isinstance(base.get_submodule(name), Conv1D) else delta).to(W.dtype)
@@ -219,6 +255,19 @@ def parameter_counts(model: Model) -> tuple[int, int]:
     adapter = sum(parameter.numel() for parameter in model.parameters.values())
     rest = sum(p.numel() for p in model.network.parameters() if id(p) not in own)
     return adapter, rest
+
+
+def _add_frozen(
+    frozen: dict[str, tuple[Tensor, Tensor]], path: str, layer: nn.Module, inputs: Any, output: Any
+) -> Any:
+    """Forward hook: the layer's output plus x A^T B^T of what was folded.
+
+    The base stays as it is.
+    """
+    if path not in frozen:
+        return None
+    A, B = frozen[path]
+    return output + linear(linear(inputs[0].to(A.dtype), A), B).to(output.dtype)
 
 
 def _add_lora(base: PreTrainedModel, settings: ModelSettings, drawn: Sequence[str]) -> PeftModel:
@@ -249,29 +298,27 @@ def _add_lora(base: PreTrainedModel, settings: ModelSettings, drawn: Sequence[st
 def load_adapter(model: Model, folder: Path) -> Adapter:
     """Reads a PEFT adapter folder that was saved for this model; ValueError for anything else.
 
-    Safetensors only; the layout comes from the model, never from the folder's config.
+    Pairs beyond the model's rank become frozen increments.
     """
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ValueError(f"{folder} holds no adapter: there is no {file.name}")
-    try:
-        found = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
-    tensors = {
-        name.removeprefix("base_model.model.")
-        .replace(".lora_A.weight", ".lora_A")
-        .replace(".lora_B.weight", ".lora_B"): tensor
-        for name, tensor in found.items()
-    }
+    found = open_folder(folder)
     start = read_adapter(model)
-    if missing := sorted(flatten(start).keys() - tensors.keys()):
-        raise ValueError(
-            f"{file} lacks {missing[0]!r} ({len(missing)} missing): other model or head"
-        )
+    for kind, want, got in (
+        ("layer", start.layers, found.layers), ("tensor", start.dense, found.dense)
+    ):  # fmt: skip
+        if odd := sorted(want.keys() ^ got.keys()):
+            verb = "lacks" if odd[0] in want else "has no place in this model for"
+            raise ValueError(f"{folder} {verb} {kind} {odd[0]!r}: other model or head")
+    layers: dict[str, Factors] = {}
+    frozen: dict[str, Factors] = {}
+    for name, held in start.layers.items():
+        both = found.factors(name)
+        layers[name] = cut(both, held.rank, both.scaling)
+        if both.rank > held.rank:
+            rest = Factors(both.A[held.rank :], both.B[:, held.rank :], both.scaling)
+            frozen[name] = rescaled(rest, 1.0)
+    adapter = Adapter(layers, {name: found.tensor(name) for name in start.dense}, frozen)
     try:
-        adapter = overlay(tensors, start)
         check_fits(model, adapter)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{folder}: {error}") from error
     return adapter

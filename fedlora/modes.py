@@ -6,16 +6,17 @@ alone. Nothing is merged there, so the optimiser is kept, and no bytes move.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 import numpy as np
 
-from fedlora.adapter import Adapter, ClientResult
+from fedlora.adapter import Adapter, ClientResult, lora_scaling
 from fedlora.config import Config
 from fedlora.data import Data
+from fedlora.policy import Head, Policy, Receiver
 from fedlora.rules import get_rule
-from fedlora.server import Head
 from fedlora.simulation import Fit, Round, simulate
 
 CENTRAL = "central"
@@ -29,7 +30,7 @@ class Step:
     round: int
     adapters: dict[str, Adapter]
     results: list[ClientResult]
-    merge_error: float | None
+    merge: Mapping[str, float]
     bytes_up: int
     bytes_down: int
     seconds_aggregate: float
@@ -43,7 +44,7 @@ def for_mode(config: Config, data: Data) -> tuple[Config, Data]:
     """
     if config.run.mode == "federated":
         return config, data
-    client = replace(config.client, optimiser="keep")
+    client = replace(config.client, optimiser="keep", prox=0.0, ranks=[])
     if config.run.mode == "local":
         return replace(config, client=client), data
     client = replace(client, batch=config.client.batch * len(data.rows))
@@ -66,7 +67,34 @@ def steps(config: Config, fit: Fit, start: Adapter, clients: list[str]) -> Itera
         names = [GLOBAL] if config.run.mode == CENTRAL else clients
         own = {name: round.state.adapter for name, round in zip(names, rounds, strict=True)}
         results = [result for round in rounds for result in round.results]
-        yield Step(rounds[0].round, own, results, None, 0, 0, 0.0)
+        yield Step(rounds[0].round, own, results, {}, 0, 0, 0.0)
+
+
+def merge_policy(config: Config, clients: list[str]) -> Policy:
+    """What the config's server does around its rule, for these clients."""
+    merge = config.merge
+    return Policy(
+        weighting=merge.weights,
+        head=merge.head,
+        residual=None if merge.residual == "rule" else merge.residual,
+        fold_rank=merge.fold_rank,
+        server_lr=merge.server_lr,
+        robust=merge.robust,
+        robust_bound=merge.robust_bound,
+        robust_faulty=merge.robust_faulty,
+        receivers=_receivers(config, clients),
+    )
+
+
+def _receivers(config: Config, clients: list[str]) -> dict[str, Receiver]:
+    """The clients with a rank of their own, from client.ranks dealt in the order of their names."""
+    ranks, model = config.client.ranks, config.model
+    keep_A = config.merge.options.get("gauge") == "orthonormal"
+    return {
+        client: Receiver(rank, lora_scaling(model.alpha, rank, model.rslora), keep_A)
+        for client, rank in zip(sorted(clients), cycle(ranks), strict=False)
+        if rank != model.rank
+    }
 
 
 def _federation(config: Config, fit: Fit, start: Adapter, clients: list[str]) -> Iterator[Round]:
@@ -78,8 +106,7 @@ def _federation(config: Config, fit: Fit, start: Adapter, clients: list[str]) ->
         rounds=config.run.rounds,
         seed=config.run.seed,
         participation=config.merge.participation,
-        head=config.merge.head,
-        weighting=config.merge.weights,
+        policy=merge_policy(config, clients),
     )
 
 
@@ -92,7 +119,7 @@ def _alone(config: Config, fit: Fit, start: Adapter, client: str) -> Iterator[Ro
         [client],
         rounds=config.run.rounds,
         seed=config.run.seed,
-        head=head,
+        policy=Policy(head=head),
     )
 
 
@@ -101,7 +128,7 @@ def _merged(round: Round) -> Step:
         round.round,
         round.personal or {GLOBAL: round.state.adapter},
         round.results,
-        round.state.memory["merge_error"],
+        round.state.memory,
         round.bytes_up,
         round.bytes_down,
         round.seconds_aggregate,

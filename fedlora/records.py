@@ -52,7 +52,8 @@ def round_record(
         "global": _recorded(shared),
         "heldout": _pooled(heldout),
         "clients": clients,
-        "merge_error": step.merge_error if step else None,
+        "merge_error": step.merge.get("merge_error") if step else None,
+        "merge": dict(step.merge) if step else {},
         "bytes_up": step.bytes_up if step else 0,
         "bytes_down": step.bytes_down if step else 0,
         "seconds": {

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,29 +22,47 @@ from fedlora.adapter import (
     frobenius,
     mix,
     overlay,
+    rescaled,
+    stacked,
 )
-from fedlora.rules import Plan, Rule, checked_weights
+from fedlora.lowrank import compress
+from fedlora.policy import (
+    PLAIN,
+    Head,
+    Policy,
+    Receiver,
+    Term,
+    cut_for,
+    residual_policy,
+    terms,
+    with_residual,
+)
+from fedlora.rules import Plan, Rule
 from fedlora.seeding import numpy_generator
-
-Head: TypeAlias = Literal["average", "freeze", "local"]
-Weighting: TypeAlias = Literal["examples", "uniform"]
 
 
 @dataclass(frozen=True, eq=False)
 class ServerState:
     """The server between two rounds: the global adapter and what the rule may look back at.
 
-    `memory` holds the figures of the last merge (`merge_error`); a rule's `plan` reads it.
+    `memory` holds the figures of the last merge (see `aggregate`); a rule's `plan` reads it.
+    `carried` is what the policy `carry` still owes, layer by layer.
     """
 
     adapter: Adapter
     memory: Mapping[str, float] = field(default_factory=dict)
+    carried: Mapping[str, Factors] = field(default_factory=dict)
 
 
 def plan_round(rule: Rule, head: Head, state: ServerState, round: int) -> Plan:
-    """What clients train, share and are sent in this round: the rule's plan and the head policy."""
+    """What clients train, share and are sent in this round: the rule's plan and the head policy.
+
+    A rule that plans the head itself (fedsa keeps it local) has its way, unless it is frozen.
+    """
     plan = rule.plan(round, state.memory)
     if head == "freeze":
+        return Plan(plan.trains - {"head"}, plan.shares - {"head"}, plan.receives - {"head"})
+    if "head" in plan.trains:
         return plan
     if head == "local":
         return replace(plan, trains=plan.trains | {"head"})
@@ -67,9 +84,13 @@ def sample_clients(
     return sorted(ids[index] for index in chosen)
 
 
-def downlink(state: ServerState, plan: Plan) -> dict[str, Tensor]:
-    """The tensors sent to a client; what the plan leaves out it has from the common start."""
-    return flatten(state.adapter, plan.receives)
+def downlink(state: ServerState, plan: Plan, receiver: Receiver | None = None) -> dict[str, Tensor]:
+    """The tensors sent to a client, cut to its rank; what the plan leaves out it has from the
+    start.
+
+    What was folded so far is always sent whole, so that a client may join or come back at any time.
+    """
+    return flatten(cut_for(state.adapter, receiver), plan.receives | {"frozen"})
 
 
 def receive(client: str, tensors: Mapping[str, Tensor], sent: Adapter, plan: Plan) -> Adapter:
@@ -100,34 +121,21 @@ def receive(client: str, tensors: Mapping[str, Tensor], sent: Adapter, plan: Pla
     return overlay(tensors, sent)
 
 
-def base_weights(results: Sequence[ClientResult], weighting: Weighting) -> Tensor:
-    """The weights of the average, summing to one: by example counts, or all alike (float64)."""
-    counts = [result.examples for result in results]
-    for result in results:
-        if isinstance(result.examples, bool) or result.examples <= 0:
-            raise ValueError(
-                f"client {result.client} reports {result.examples!r} examples: it must be above 0"
-            )
-    shares = torch.tensor(
-        counts if weighting == "examples" else [1] * len(counts), dtype=torch.float64
-    )
-    return shares / shares.sum()
-
-
 def aggregate(
     rule: Rule,
     state: ServerState,
     results: Sequence[ClientResult],
     round: int,
-    *,
-    weighting: Weighting = "examples",
+    policy: Policy = PLAIN,
 ) -> ServerState:
     """The next server state: every layer merged by the rule, dense tensors averaged; pure.
 
-    A residual that the rule returns is dropped. The order of `results` does not matter (sorted by
-    client here). Sums in float64; float32 comes out.
-    `memory["merge_error"]` is ||sum w_k dW_k - dW||_F / ||sum w_k dW_k||_F over all layers,
-    against the weights that the rule used; float32 at rest puts its floor near 1e-7.
+    The order of `results` does not matter (sorted by client here). Sums in float64; float32 comes
+    out. `memory` gets, all relative to ||sum w_k dW_k||_F over all layers:
+    `merge_error`, what the model lacks of the merge's target (the weighted mean of the increments,
+    with the weights that the rule used, and what was carried); `fold_tail`, the part of it that
+    `fold_rank` cut; `carried`, what the next round still owes; and `frozen_rank`, the largest rank
+    of the folded increments. float32 at rest puts the floor of the errors near 1e-7.
     """
     if not results:
         raise ValueError(f"round {round} has no results to merge: keep the last adapter instead")
@@ -135,34 +143,69 @@ def aggregate(
     names = [result.client for result in ordered]
     if len(set(names)) != len(names):
         raise ValueError(f"round {round} holds two results of one client: {', '.join(names)}")
-    weights = base_weights(ordered, weighting)
-    if rule.reweigh is not None:
-        weights = checked_weights(
-            rule.reweigh([state.adapter] * len(ordered), ordered, weights), len(ordered)
-        )
+    fate = residual_policy(rule, policy.residual)
+    rule = with_residual(rule, fate)
+    sent = [cut_for(state.adapter, policy.receivers.get(name)) for name in names]
+    parts = terms(rule, sent, ordered, policy)
+    coefficients = torch.tensor([term.coefficient for term in parts], dtype=torch.float64)
 
     layers: dict[str, Factors] = {}
-    missed = norm = 0.0
+    frozen, carried = dict(state.adapter.frozen), dict(state.carried)
+    missed = norm = tail = owed = 0.0
     for name in sorted(state.adapter.layers):
-        sent = [_precise(result.adapter.layers[name]) for result in ordered]
-        merged = rule(_precise(state.adapter.layers[name]), sent, weights)
-        factors = merged.factors if isinstance(merged, Merged) else merged
-        layers[name] = converted(factors, torch.float32, "cpu")
-        mean = mix(sent, weights, factors.scaling)
-        missed += frobenius(mix([mean, _precise(layers[name])], [1.0, -1.0], factors.scaling)) ** 2
-        norm += frobenius(mean) ** 2
+        factors = [_precise(term.adapter.layers[name]) for term in parts]
+        weights = coefficients
+        if name in carried:
+            factors.append(_precise(carried[name]))
+            weights = torch.cat([weights, weights.new_ones(1)])
+        answer = rule.combine(_precise(state.adapter.layers[name]), factors, weights, round)
+        merged, residual = _parted(answer)
+        layers[name] = converted(merged, torch.float32, "cpu")
+        wanted = mix(factors, weights, merged.scaling)
+        lost = mix([wanted, _precise(layers[name])], [1.0, -1.0], merged.scaling)
+        if fate == "fold" and residual is not None:
+            gone = _folded(frozen, name, residual, policy.fold_rank)
+            lost = mix([lost, residual, gone], [1.0, -1.0, 1.0], merged.scaling)
+            tail += frobenius(gone) ** 2
+        if fate == "carry" and residual is not None:
+            kept = compress(residual, policy.fold_rank or None).factors
+            carried[name] = converted(kept, torch.float32, "cpu")
+            owed += frobenius(kept) ** 2
+        missed += frobenius(lost) ** 2
+        norm += frobenius(wanted) ** 2
 
-    dense = {
-        name: sum(
-            (w * r.adapter.dense[name].double() for w, r in zip(weights, ordered, strict=True)),
-            start=torch.zeros((), dtype=torch.float64),
-        )
-        .float()
-        .cpu()
-        for name in sorted(state.adapter.dense)
-    }
-    error = math.sqrt(missed / norm) if norm > 0 else 0.0
-    return ServerState(Adapter(layers, dense), {**state.memory, "merge_error": error})
+    share = 1 / norm if norm > 0 else 0.0
+    figures = {"merge_error": math.sqrt(missed * share)}
+    if fate == "fold":
+        largest = max((factors.rank for factors in frozen.values()), default=0)
+        figures |= {"fold_tail": math.sqrt(tail * share), "frozen_rank": float(largest)}
+    if fate == "carry":
+        figures |= {"carried": math.sqrt(owed * share)}
+    dense = {name: _averaged(parts, name) for name in sorted(state.adapter.dense)}
+    frozen = {name: factors for name, factors in sorted(frozen.items()) if factors.rank}
+    return ServerState(Adapter(layers, dense, frozen), {**state.memory, **figures}, carried)
+
+
+def _parted(answer: Factors | Merged) -> tuple[Factors, Factors | None]:
+    return (answer.factors, answer.residual) if isinstance(answer, Merged) else (answer, None)
+
+
+def _folded(frozen: dict[str, Factors], name: str, residual: Factors, cap: int) -> Factors:
+    """Adds a residual to what is frozen, in as few pairs as hold it; returns what the cap cut."""
+    whole = rescaled(residual, 1.0)
+    if name in frozen:
+        whole = stacked(_precise(frozen[name]), whole)
+    pressed = compress(whole, cap or None)
+    frozen[name] = converted(pressed.factors, torch.float32, "cpu")
+    return pressed.residual
+
+
+def _averaged(parts: Sequence[Term], name: str) -> Tensor:
+    """The sum of one dense tensor over all terms."""
+    total = torch.zeros((), dtype=torch.float64)
+    for term in parts:
+        total = total + term.coefficient * term.adapter.dense[name].double().cpu()
+    return total.float()
 
 
 def _precise(factors: Factors) -> Factors:

@@ -151,8 +151,19 @@ class ClientSettings:
     )
     optimiser: str = setting(
         "reset",
-        "AdamW's moments from round to round (references always keep)",
-        choices=("reset", "keep"),
+        "AdamW's moments from round to round (references always keep); transport turns them along "
+        "with the factors, for rules that change the factors' coordinates",
+        choices=("reset", "keep", "transport"),
+    )
+    prox: float = setting(
+        0.0,
+        "FedProx: mu / 2 times the squared distance to what was sent is added to the loss",
+        low=0,
+    )
+    ranks: list[int] = setting(
+        [],
+        "each client's own rank, in the order of their names, dealt again where the list is short; "
+        "empty: model.rank for all",
     )
 
 
@@ -171,6 +182,31 @@ class MergeSettings:
         choices=("average", "freeze", "local"),
     )
     participation: float = setting(1.0, "share of the clients in a round", above=0, high=1)
+    residual: Literal["rule", "drop", "fold", "carry"] = setting(
+        "rule",
+        "what becomes of what the rank cannot hold: dropped, folded into a frozen increment, or "
+        "carried to the next merge; rule: the rule's own way",
+        choices=("rule", "drop", "fold", "carry"),
+    )
+    fold_rank: int = setting(
+        0, "largest rank of folded and carried residuals, their tail is cut; 0: as it comes", low=0
+    )
+    server_lr: float = setting(
+        1.0, "share of the way from what was sent to what the rule says", above=0, high=2
+    )
+    robust: Literal[
+        "none", "norm_clipping", "multi_krum", "geometric_median", "centred_clipping"
+    ] = setting(
+        "none",
+        "bound the influence of faulty clients; with fewer than five it protects nobody",
+        choices=("none", "norm_clipping", "multi_krum", "geometric_median", "centred_clipping"),
+    )
+    robust_bound: float = setting(
+        0.0, "largest norm of a client's update, for clipping; 0: the median of the round", low=0
+    )
+    robust_faulty: int = setting(
+        0, "clients that may be faulty, for multi_krum; 0: as many as it can bear", low=0
+    )
 
 
 @dataclass(frozen=True)

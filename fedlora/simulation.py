@@ -5,17 +5,16 @@ Knows neither models nor files: `fit` brings the training, the caller looks at e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TypeAlias
 
 from fedlora.adapter import Adapter, ClientResult, ClientState, byte_count, copied, flatten, overlay
+from fedlora.policy import PLAIN, Policy, cut_for
 from fedlora.rules import Plan, Rule
 from fedlora.server import (
-    Head,
     ServerState,
-    Weighting,
     aggregate,
     downlink,
     plan_round,
@@ -30,8 +29,7 @@ Fit: TypeAlias = Callable[[str, int, Plan, Adapter, ClientState], ClientResult]
 class Round:
     """One finished round: the new state, what came back, and what it cost (bytes, seconds).
 
-    `personal` is each client's personal adapter, the global one with the parts that it trains but
-    does not share in place; empty where nothing is personal.
+    `personal` as in `personal_adapters`.
     """
 
     round: int
@@ -52,8 +50,7 @@ def simulate(
     rounds: int,
     seed: int = 0,
     participation: float = 1.0,
-    head: Head = "average",
-    weighting: Weighting = "examples",
+    policy: Policy = PLAIN,
 ) -> Iterator[Round]:
     """Runs the rounds 1..rounds one after another and yields each as it ends.
 
@@ -64,24 +61,36 @@ def simulate(
     state = ServerState(start)
     states: dict[str, ClientState] = {}
     for round in range(1, rounds + 1):
-        plan = plan_round(rule, head, state, round)
-        down = downlink(state, plan)
-        common = overlay(down, start)
+        plan = plan_round(rule, policy.head, state, round)
         results: list[ClientResult] = []
-        up = 0
+        up = down = 0
         for client in sample_clients(clients, participation, seed, round):
-            sent = copied(common)
-            result = fit(client, round, plan, sent, states.get(client, ClientState()))
+            receiver = policy.receivers.get(client)
+            message = downlink(state, plan, receiver)
+            down += byte_count(message)
+            held = overlay(message, cut_for(start, receiver))
+            result = fit(client, round, plan, copied(held), states.get(client, ClientState()))
             states[client] = result.state
             shared = flatten(copied(result.adapter), plan.shares)
             up += byte_count(shared)
-            results.append(replace(result, adapter=receive(client, shared, common, plan)))
+            results.append(replace(result, adapter=receive(client, shared, held, plan)))
         began = perf_counter()
-        state = aggregate(rule, state, results, round, weighting=weighting)
+        state = aggregate(rule, state, results, round, policy)
         elapsed = perf_counter() - began
-        personal = {
-            client: overlay(flatten(own.adapter, plan.trains - plan.shares), state.adapter)
-            for client, own in sorted(states.items())
-            if own.adapter is not None
-        }
-        yield Round(round, state, results, personal, up, byte_count(down) * len(results), elapsed)
+        personal = personal_adapters(state.adapter, states, plan, policy)
+        yield Round(round, state, results, personal, up, down, elapsed)
+
+
+def personal_adapters(
+    adapter: Adapter, states: Mapping[str, ClientState], plan: Plan, policy: Policy
+) -> dict[str, Adapter]:
+    """Each client's own adapter, the parts it keeps for itself in place.
+
+    Empty where it keeps none.
+    """
+    own = plan.trains - plan.shares
+    return {
+        client: overlay(flatten(state.adapter, own), cut_for(adapter, policy.receivers.get(client)))
+        for client, state in sorted(states.items())
+        if own and state.adapter is not None
+    }

@@ -20,6 +20,7 @@ from fedlora.adapter import PARTS, Adapter, ClientState, Part, flatten, overlay
 from fedlora.client import learning_rate, make_fit
 from fedlora.evaluate import evaluate
 from fedlora.model import write_adapter
+from fedlora.policy import Policy
 from fedlora.rules import get_rule
 from fedlora.simulation import simulate
 
@@ -234,7 +235,9 @@ def test_a_federation_with_local_heads_shares_none(tiny: Tiny, tmp_path: Path) -
     bench = Bench(tiny("bert"), tmp_path)
     fit = make_fit(bench.model, bench.data, bench.config)
     rule = get_rule("fra")
-    together = [*simulate(rule, fit, bench.start, ["0", "1", "2"], rounds=2, head="local")]
+    together = [
+        *simulate(rule, fit, bench.start, ["0", "1", "2"], rounds=2, policy=Policy(head="local"))
+    ]
     alone = bench.fit("1", 1, plan_of(PARTS, {"A", "B"}))
     heads = [round.personal["1"].dense for round in together]
     assert torch.equal(heads[0]["classifier.weight"], alone.adapter.dense["classifier.weight"])

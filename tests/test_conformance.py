@@ -153,8 +153,8 @@ def test_no_pair_is_dead_where_clients_are_rank_deficient(case: Case) -> None:
     answer = case.rule(prev, low, weights)
     check_valid(case, prev, answer)
     assert float(merged_factors(answer).A.norm(dim=1).min()) > 1e-3
-    if claims(case.rule, "idempotent"):
-        assert_near(dense(merged_factors(answer)), dense(low[0]), 1e-12)
+    if claims(case.rule, "idempotent") and "B" in case.rule.plan(case.round, {}).receives:
+        assert_near(merged_whole(answer), dense(low[0]), 1e-12)
 
 
 @every_case
@@ -189,7 +189,7 @@ def test_one_client_alone_comes_back(case: Case) -> None:
     answer = case.rule(prev, clients[1:2], alone)
     check_valid(case, prev, answer)
     if claims(case.rule, "weighted"):
-        assert_near(dense(merged_factors(answer)), dense(clients[1]), 1e-12)
+        assert_near(merged_whole(answer), dense(clients[1]), 1e-12)
 
 
 @every_case
@@ -216,9 +216,9 @@ def test_keeping_the_residual_changes_nothing_but_what_is_reported(case: Case) -
 def test_a_rules_docstring_has_formula_source_and_what_it_keeps_loses_and_costs(name: str) -> None:
     doc = get_rule(name).doc
     first, *rest = doc.splitlines()
-    assert re.search(r"[=(]", first), f"no formula in {first!r}"
-    assert first.endswith((".", ":"))
     text = "\n".join(rest)
+    assert re.search(r"[=(]", first) or "\nFormula: " in text, f"no formula in {first!r}"
+    assert first.endswith((".", ":"))
     for line in ("Source: ", "Keeps: ", "Loses: ", "Cost per layer and client: ", "DP: "):
         assert re.search(rf"(^|\s){line}\S+(\s\S+){{2}}", text), f"{name} says nothing on {line}"
     assert re.search(r"\b20\d\d\b", text), "no year"

@@ -264,7 +264,7 @@ def without_head(adapter: Adapter) -> Adapter:
 
 
 def of_another_rank(adapter: Adapter) -> Adapter:
-    factors = Factors(torch.ones(2, 32), torch.ones(32, 2), adapter.layers[QUERY].scaling)
+    factors = Factors(torch.ones(4, 32), torch.ones(32, 4), adapter.layers[QUERY].scaling)
     return replace(adapter, layers={**adapter.layers, QUERY: factors})
 
 
@@ -280,9 +280,13 @@ def with_inf_in_the_last_tensor(adapter: Adapter) -> Adapter:
     return overlay({"classifier.weight": torch.full((2, 32), torch.inf)}, adapter)
 
 
-def of_another_scaling(adapter: Adapter) -> Adapter:
-    factors = replace(adapter.layers[QUERY], scaling=2.5)
-    return replace(adapter, layers={**adapter.layers, QUERY: factors})
+def with_a_frozen_part_of_another_shape(adapter: Adapter) -> Adapter:
+    return replace(adapter, frozen={QUERY: Factors(torch.ones(2, 16), torch.ones(32, 2), 1.0)})
+
+
+def with_nan_in_what_is_frozen(adapter: Adapter) -> Adapter:
+    broken = Factors(torch.ones(2, 32), torch.full((32, 2), torch.nan), 1.0)
+    return replace(adapter, frozen={QUERY: broken})
 
 
 @pytest.mark.parametrize(
@@ -291,11 +295,12 @@ def of_another_scaling(adapter: Adapter) -> Adapter:
         (without_a_layer, f"lacks '{QUERY}.lora_A'"),
         (with_a_layer_too_many, "no place for 'bert.extra.lora_A'"),
         (without_head, "lacks 'classifier.bias'"),
-        (of_another_rank, r"lora_A' has shape \(2, 32\), the model holds \(3, 32\)"),
+        (of_another_rank, r"lora_A' has shape \(4, 32\), the model holds \(3, 32\)"),
         (with_another_head, r"'classifier.bias' has shape \(3,\), the model holds \(2,\)"),
         (with_nan, f"'{QUERY}.lora_B' holds NaN or Inf"),
         (with_inf_in_the_last_tensor, "'classifier.weight' holds NaN or Inf"),
-        (of_another_scaling, "scaling 2.5, the model was made with 2.0: rescale"),
+        (with_a_frozen_part_of_another_shape, "frozen increment of shape .* fits no layer"),
+        (with_nan_in_what_is_frozen, "frozen_B' holds NaN or Inf"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_written(

@@ -1,0 +1,148 @@
+"""What the server does around a rule: who counts how much, what clients are cut to, what is cut
+off.
+
+Turns a round's results into the terms of one sum, each an adapter with its coefficient; the merge
+itself is elsewhere. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Adapter, ClientResult, cut
+from fedlora.robust import Robust, robust_coefficients, update_gram
+from fedlora.rules import Residual, Rule, checked_weights, option_types
+
+Head: TypeAlias = Literal["average", "freeze", "local"]
+Weighting: TypeAlias = Literal["examples", "uniform"]
+
+
+@dataclass(frozen=True)
+class Receiver:
+    """A client with a rank of its own: it is sent the first `rank` pairs in its own scaling.
+
+    `keep_A` leaves the rows of A as long as they are (an orthonormal gauge); else the change of
+    scaling is shared by both factors.
+    """
+
+    rank: int
+    scaling: float
+    keep_A: bool = False  # noqa: N815 (A is the matrix)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the server does around the rule: weights, head, what is cut, how far it steps.
+
+    `residual` None takes the rule's own way. `fold_rank` caps the rank of folded and of carried
+    residuals (0: no cap). `server_lr` is the share of the way from what was sent to what the rule
+    says (above 1: beyond). `robust_bound` and `robust_faulty` as in `robust.robust_coefficients`.
+    `receivers` names the clients with a rank of their own.
+    """
+
+    weighting: Weighting = "examples"
+    head: Head = "average"
+    residual: Residual | None = None
+    fold_rank: int = 0
+    server_lr: float = 1.0
+    robust: Robust = "none"
+    robust_bound: float = 0.0
+    robust_faulty: int = 0
+    receivers: Mapping[str, Receiver] = field(default_factory=dict)
+
+
+PLAIN = Policy()
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One adapter in the sum with its coefficient."""
+
+    coefficient: float
+    adapter: Adapter
+
+
+def cut_for(adapter: Adapter, receiver: Receiver | None) -> Adapter:
+    """The adapter as this receiver holds it; without one, as it is."""
+    if receiver is None:
+        return adapter
+    layers = {
+        name: cut(factors, receiver.rank, receiver.scaling, keep_A=receiver.keep_A)
+        for name, factors in adapter.layers.items()
+    }
+    return replace(adapter, layers=layers)
+
+
+def base_weights(results: Sequence[ClientResult], weighting: Weighting) -> Tensor:
+    """The weights of the average, summing to one: by example counts, or all alike (float64)."""
+    counts = [result.examples for result in results]
+    for result in results:
+        if isinstance(result.examples, bool) or result.examples <= 0:
+            raise ValueError(
+                f"client {result.client} reports {result.examples!r} examples: it must be above 0"
+            )
+    shares = torch.tensor(
+        counts if weighting == "examples" else [1] * len(counts), dtype=torch.float64
+    )
+    return shares / shares.sum()
+
+
+def terms(
+    rule: Rule, sent: Sequence[Adapter], results: Sequence[ClientResult], policy: Policy
+) -> list[Term]:
+    """The clients' adapters with their coefficients, and what they were sent with the remainder.
+
+    Weights that sum to less than one (clipping, a server learning rate below 1) leave the rest of
+    each client's weight on what it was sent, so that the sum is one again.
+    """
+    weights = base_weights(results, policy.weighting)
+    if rule.reweigh is not None:
+        weights = checked_weights(rule.reweigh(sent, results, weights), len(results))
+    received = [result.adapter for result in results]
+    used, rest = weights, torch.zeros_like(weights)
+    if policy.robust != "none":
+        bound, faulty = policy.robust_bound, policy.robust_faulty
+        gram = update_gram(sent, received)
+        used = robust_coefficients(policy.robust, gram, weights, bound=bound, faulty=faulty)
+        remainder = float(1 - used.sum())
+        if remainder > 1e-12:
+            rest = weights - used if bool((used <= weights).all()) else weights * remainder
+    if policy.server_lr != 1:
+        rest = policy.server_lr * rest + (1 - policy.server_lr) * weights
+        used = policy.server_lr * used
+    clients = [Term(float(a), adapter) for a, adapter in zip(used, received, strict=True)]
+    return clients + _remainders(sent, rest)
+
+
+def _remainders(sent: Sequence[Adapter], rest: Tensor) -> list[Term]:
+    """What was sent, once for each rank, with the remainders of its receivers."""
+    groups: dict[int, Term] = {}
+    for share, adapter in zip(rest.tolist(), sent, strict=True):
+        if share:
+            rank = next((factors.rank for factors in adapter.layers.values()), 0)
+            before = groups[rank].coefficient if rank in groups else 0.0
+            groups[rank] = Term(before + share, adapter)
+    return [groups[rank] for rank in sorted(groups)]
+
+
+def residual_policy(rule: Rule, wanted: Residual | None) -> Residual:
+    """What becomes of the rule's residual; ValueError where the rule does not allow it."""
+    own: Residual = rule.residual[0] if rule.residual else "drop"
+    if wanted is None or wanted == own:
+        return own
+    if wanted not in rule.residual:
+        allowed = f"it allows {', '.join(rule.residual)}" if rule.residual else "it leaves none"
+        raise ValueError(f"residual = {wanted!r} does not go with rule {rule.name!r}: {allowed}")
+    return wanted
+
+
+def with_residual(rule: Rule, fate: Residual) -> Rule:
+    """The rule told to give its residual where it has that option and the policy needs it."""
+    if fate == "drop" or "residual" not in option_types(rule):
+        return rule
+    return replace(rule, options={**rule.options, "residual": "keep"})

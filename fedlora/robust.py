@@ -1,0 +1,145 @@
+"""Robust weights: clients that send nonsense count less, judged by their updates' inner products.
+
+An update is what a client changed in what it was sent, over all layers and the head. Every method
+works on the k x k Gram matrix of the updates and returns coefficients; nothing is densified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from fedlora.adapter import Adapter, Factors, change, converted, inner
+
+Robust: TypeAlias = Literal[
+    "none", "norm_clipping", "multi_krum", "geometric_median", "centred_clipping"
+]
+FEWEST = 5  # with fewer clients no majority can be told from its opposite
+SWEEPS, PASSES, CLOSE = 200, 3, 1e-10
+
+
+def robust_coefficients(
+    method: Robust,
+    gram: Float64[Tensor, "k k"],
+    weights: Float64[Tensor, " k"],
+    *,
+    bound: float = 0.0,
+    faulty: int = 0,
+) -> Float64[Tensor, " k"]:
+    """Coefficients a_k of the updates in place of the weights; their sum is at most one.
+
+    `norm_clipping`: w_k min(1, bound / ||D_k||). `multi_krum` (Blanchard et al. 2017): the weights
+    of the k - f clients nearest to their k - f - 2 neighbours. `geometric_median` (Weiszfeld;
+    Pillutla et al. 2019): the point with the least weighted sum of distances. `centred_clipping`
+    (Karimireddy et al. 2021): three passes of v + sum w_k min(1, bound / ||D_k - v||) (D_k - v)
+    from v = 0.
+    `bound` 0 takes the median norm; `faulty` is f, 0 takes the most that can be borne, (k - 3) //
+    2.
+    """
+    if method == "none":
+        return weights
+    if method == "multi_krum":
+        return _multi_krum(gram, weights, faulty)
+    if method == "geometric_median":
+        return _geometric_median(gram, weights)
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    limit = bound or float(norms.median())
+    if method == "norm_clipping":
+        return weights * _shrink(norms, limit)
+    if method == "centred_clipping":
+        return _centred_clipping(gram, weights, limit)
+    raise ValueError(f"unknown robust method {method!r}")
+
+
+def update_gram(sent: Sequence[Adapter], received: Sequence[Adapter]) -> Float64[Tensor, "k k"]:
+    """<D_k, D_j> of what each client changed in what it was sent; O(k^2 r^2 (m + n)) a layer."""
+    clients = len(received)
+    gram = torch.zeros(clients, clients, dtype=torch.float64)
+    for name in received[0].layers:
+        changes = [
+            change(_precise(before, name), _precise(after, name))
+            for before, after in zip(sent, received, strict=True)
+        ]
+        for k in range(clients):
+            for j in range(k, clients):
+                gram[k, j] += inner(changes[k], changes[j])
+    for name in received[0].dense:
+        moved = torch.stack(
+            [
+                (after.dense[name].double() - before.dense[name].double()).flatten().cpu()
+                for before, after in zip(sent, received, strict=True)
+            ]
+        )
+        gram += (moved @ moved.mT).triu()
+    return gram.triu() + gram.triu(1).mT
+
+
+def warning(method: Robust, clients: int) -> str:
+    """What to tell a user who robustly merges few clients; empty where there is nothing to say."""
+    if method == "none" or clients >= FEWEST:
+        return ""
+    return (
+        f"merge.robust = {method!r} with {clients} clients a round protects nobody: below {FEWEST} "
+        "an honest minority looks like an attacker"
+    )
+
+
+def _multi_krum(gram: Tensor, weights: Tensor, faulty: int) -> Tensor:
+    clients = len(weights)
+    bad = faulty or max(0, (clients - 3) // 2)
+    if clients < bad + 3:
+        raise ValueError(
+            f"multi_krum with {bad} faulty clients needs {bad + 3} in a round, got {clients}"
+        )
+    nearest = _distances(gram).sort(dim=1).values[:, 1 : clients - bad - 1]
+    order = nearest.square().sum(dim=1).argsort(stable=True)
+    chosen = torch.zeros_like(weights)
+    chosen[order[: clients - bad]] = weights[order[: clients - bad]]
+    return chosen / chosen.sum()
+
+
+def _geometric_median(gram: Tensor, weights: Tensor) -> Tensor:
+    floor = 1e-9 * float(gram.diagonal().max().clamp(min=0).sqrt())
+    a = weights
+    if floor == 0:
+        return a
+    for _ in range(SWEEPS):
+        pull = weights / _distances_to(gram, a).clamp(min=floor)
+        new = pull / pull.sum()
+        if float((new - a).abs().max()) < CLOSE:
+            return new
+        a = new
+    return a
+
+
+def _centred_clipping(gram: Tensor, weights: Tensor, limit: float) -> Tensor:
+    a = torch.zeros_like(weights)
+    for _ in range(PASSES):
+        step = weights * _shrink(_distances_to(gram, a), limit)
+        a = a * (1 - step.sum()) + step
+    return a
+
+
+def _shrink(norms: Tensor, limit: float) -> Tensor:
+    return torch.where(norms > limit, limit / norms, torch.ones_like(norms))
+
+
+def _distances(gram: Tensor) -> Tensor:
+    """||D_k - D_j||."""
+    squares = gram.diagonal()
+    return (squares[:, None] + squares - 2 * gram).clamp(min=0).sqrt().fill_diagonal_(0.0)
+
+
+def _distances_to(gram: Tensor, a: Tensor) -> Tensor:
+    """||D_k - sum_j a_j D_j||."""
+    cross = gram @ a
+    return (gram.diagonal() - 2 * cross + a @ cross).clamp(min=0).sqrt()
+
+
+def _precise(adapter: Adapter, name: str) -> Factors:
+    factors = adapter.layers[name]
+    return converted(factors, torch.float64, factors.A.device)

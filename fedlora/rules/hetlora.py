@@ -1,0 +1,61 @@
+"""HetLoRA: factors of any rank padded with zeros and averaged apart, weights by the updates' norms.
+
+Formula: A = sum w_k [A_k; 0], B = sum w_k [B_k, 0] with w_k proportional to the client's weight
+times
+||s_k (B_k A_k - B_0 A_0)||_F over all layers, B_0 A_0 what it was sent; client k gets the first r_k
+pairs of the result.
+Source: Cho, Liu, Xu, Fahrezi, Joshi 2024, "Heterogeneous LoRA for federated fine-tuning of
+on-device foundation models" (2401.06432); its self-pruning of ranks on the client is left out.
+Keeps: the means of the factors; more of the clients that have learned more.
+Loses: the covariance of the factors, as `fedavg`; and pairs that few clients have shrink every
+round, since the others count as zero there.
+Cost per layer and client: r_k(m + n) up, r_k(m + n) down.
+DP: noise on both factors enters as a product; the norms would need a share of the budget of their
+own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from fedlora.adapter import Adapter, ClientResult, Factors, change, frobenius, mean_factors, padded
+from fedlora.rules import rule
+
+
+def by_norm(
+    sent: Sequence[Adapter], results: Sequence[ClientResult], weights: Tensor
+) -> Float64[Tensor, " k"]:
+    """Weights times the norms of the updates, to a sum of one; as they were where nobody moved."""
+    norms = [update_norm(own, got.adapter) for own, got in zip(sent, results, strict=True)]
+    raised = weights * torch.tensor(norms, dtype=torch.float64)
+    return raised / raised.sum() if float(raised.sum()) > 0 else weights
+
+
+def update_norm(sent: Adapter, got: Adapter) -> float:
+    """||s (B A - B_0 A_0)||_F over all layers, against what this client was sent."""
+    return math.hypot(
+        *(frobenius(change(sent.layers[name], got.layers[name])) for name in sent.layers)
+    )
+
+
+@rule(
+    reweigh=by_norm,
+    exact="the product of means leaves out the covariance of the factors",
+    linear=True,
+    mixed_ranks=True,
+    equivariant=True,
+    weighted=True,
+    idempotent=True,
+)
+def hetlora(prev: Factors, clients: Sequence[Factors], weights: Float64[Tensor, " k"]) -> Factors:
+    """The weighted mean of each factor after padding with zeros; unreached rows of A stay."""
+    reached = max(client.rank for client in clients)
+    wide = max(reached, prev.rank)
+    mean = mean_factors([padded(client, wide) for client in clients], weights, prev.scaling)
+    A = torch.cat([mean.A[:reached], prev.A[reached:]])
+    return Factors(A[: prev.rank], mean.B[:, : prev.rank], prev.scaling)
