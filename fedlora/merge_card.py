@@ -31,10 +31,11 @@ def summary(outcome: Outcome) -> list[str]:
     )
     lines.append(f"energy kept: {percent(outcome.kept)} of the averaged increment")
     for layer in outcome.worst(WORST):
-        lines.append(
-            f"  {percent(layer.kept)}  {layer.name}: rank {layer.rank}, "
-            f"{layer.rank_for(SHARE)} would hold {SHARE:.0%}"
-        )
+        if percent(layer.kept) != percent(1.0):
+            lines.append(
+                f"  {percent(layer.kept)}  {layer.name}: rank {layer.rank}, "
+                f"the best {layer.rank_for(SHARE)} hold {SHARE:.0%}"
+            )
     lines.append(f"rank that holds {SHARE:.0%} over all layers: {outcome.rank_for(SHARE)}")
     return lines
 
@@ -98,7 +99,7 @@ def percent(share: float) -> str:
     return "100 %"
 
 
-def counted(values: Iterable[float]) -> str:
+def counted(values: Iterable[int | float]) -> str:
     """The distinct values: `8`, or `4 to 16` for many."""
     found = sorted(set(values))
     if len(found) == 1:

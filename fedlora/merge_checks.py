@@ -79,8 +79,8 @@ def check_rule(rule: Rule, adapters: Sequence[AdapterFolder], rank: int | float 
             if missing := {"A", "B"} - parts:
                 raise ValueError(
                     f"rule {rule.name!r} cannot merge finished adapters: in its round {round} "
-                    f"clients {verb} no {min(missing)}, so that it relies on one that all have in "
-                    f"common; finished adapters differ in both. Take {_some(_finishers())}"
+                    f"clients {verb} no {min(missing)}, and finished adapters differ in it and "
+                    f"want it merged; take {_some(_finishers())}"
                 )
     if rank is not None and rule.options.get("rank") is not None:
         raise ValueError(f"the rank is given twice: {rank} and the rule's option rank")

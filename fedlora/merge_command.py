@@ -104,7 +104,7 @@ def _check_can_draw() -> None:
     from fedlora.canvas import new_figure
 
     try:
-        new_figure(1, 1)
+        new_figure(1.0, 1.0)
     except ImportError as error:
         raise ValueError(f"--report: {error}") from error
 

@@ -183,7 +183,7 @@ def _merge_layer(
         )
     if isinstance(answer, Merged) and rule.residual and rule.residual[0] == "fold":
         factors = _nonzero(stacked(factors, answer.residual))
-        if factors.rank > min(m, n):
+        if factors.rank > min(m, n, mixed.rank):  # more pairs than directions
             factors = _nonzero(compress(factors).factors)
     written = _nonzero(converted(rescaled(factors, scaling), dtype, "cpu"))
     precise = converted(written, torch.float64, "cpu")

@@ -399,7 +399,7 @@ def test_a_rule_of_one_trained_factor_cannot_merge_finished_adapters(
     def by_turns(round: int, memory: object) -> Plan:
         return Plan(both, both) if round == 1 else Plan(both, frozenset(parts))
 
-    with pytest.raises(ValueError, match=r"in its round 2 clients share no [AB].*Take 'fra'"):
+    with pytest.raises(ValueError, match=r"in its round 2 clients share no [AB].*take 'fra'"):
         merge_folders(three, ruled(means_and_rest, plan=by_turns), tmp_path / "out")
     with pytest.raises(ValueError, match=r"'ffa' cannot merge .* clients train no A"):
         merge_folders(three, get_rule("ffa"), tmp_path / "out")
