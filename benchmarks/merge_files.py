@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from fedlora.adapter import Adapter, Factors
-from fedlora.adapter_folder import TENSOR_FILE, write_folder
+from fedlora.adapter_folder import TENSOR_FILE, open_folder, write_folder
 
 SHAPES = {"q_proj": (2048, 2048), "v_proj": (512, 2048), "o_proj": (2048, 2048)}
 BLOCKS = 16
@@ -33,8 +33,8 @@ try:
     main()
 except SystemExit as end:
     assert not end.code, end.code
-used = resource.getrusage(resource.RUSAGE_SELF)
-print("measured", time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print("measured", time.perf_counter() - start, peak)
 """
 
 
@@ -63,6 +63,16 @@ def read_once(folders: list[Path]) -> float:
     return time.perf_counter() - start
 
 
+def read_layers(folders: list[Path]) -> float:
+    """All layers of all adapters as the merge reads them: one at a time, with its checks."""
+    start = time.perf_counter()
+    opened = [open_folder(folder) for folder in folders]
+    for layer in opened[0].layers:
+        for adapter in opened:
+            adapter.factors(layer)
+    return time.perf_counter() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -71,7 +81,7 @@ def main() -> None:
     parser.add_argument("--rank", default="16")
     parser.add_argument("--rule", default="fra")
     args = parser.parse_args()
-    print("| adapters | MB in | read once, s | merge, s | processor, s | peak memory, MB |")
+    print("| adapters | MB in | files read, s | layers read, s | merge, s | peak memory, MB |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
         folders = make(Path(temporary) / "in", max(args.adapters), 16)
@@ -79,14 +89,14 @@ def main() -> None:
             chosen = folders[:count]
             size = sum((folder / TENSOR_FILE).stat().st_size for folder in chosen) / 1e6
             read_once(chosen)
-            reading = read_once(chosen)
+            reading, layers = read_once(chosen), read_layers(chosen)
             out = Path(temporary) / f"out{count}"
             words = [*map(str, chosen), "--rule", args.rule, "--rank", args.rank, "-o", str(out)]
             command = [sys.executable, "-c", CHILD, *words]
             done = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            wall, used, peak = map(float, done.splitlines()[-1].split()[1:])
+            wall, peak = map(float, done.splitlines()[-1].split()[1:])
             print(
-                f"| {count} | {size:.0f} | {reading:.2f} | {wall:.1f} | {used:.1f} | "
+                f"| {count} | {size:.0f} | {reading:.2f} | {layers:.2f} | {wall:.1f} | "
                 f"{peak * 1024 / 1e6:.0f} |",
                 flush=True,
             )

@@ -177,19 +177,23 @@ def merge(
     from fedlora.merge_command import merged
 
     console = Console()
-    outcome = merged(
-        adapters,
-        out,
-        dry_run=dry_run,
-        rule=rule,
-        options=option or [],
-        rank=rank,
-        weights=weights,
-        dtype=dtype,
-        other_base=other_base,
-        report=report,
-        console=console,
-    )
+    try:
+        outcome = merged(
+            adapters,
+            out,
+            dry_run=dry_run,
+            rule=rule,
+            options=option or [],
+            rank=rank,
+            weights=weights,
+            dtype=dtype,
+            other_base=other_base,
+            report=report,
+            console=console,
+        )
+    except KeyboardInterrupt:
+        sys.stderr.write("fedlora: interrupted; nothing was written\n")
+        raise SystemExit(130) from None
     for line in summary(outcome):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     where = f"written to {outcome.folder}" if outcome.folder else "nothing was written (--dry-run)"

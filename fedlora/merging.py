@@ -210,21 +210,27 @@ def _spectrum(factors: Factors) -> Tensor:
     length = torch.where(length > 0, length, 1.0)
     B, A = unit.B / length, unit.A * length[:, None]
     if unit.rank < min(m, n):
-        gram = B.mT @ B
+        gram = _gram(B.mT)
         L, failed = torch.linalg.cholesky_ex(gram)
         if bool(failed):
             squares, vectors = torch.linalg.eigh(gram)
             L = vectors * squares.clamp(min=0).sqrt()
-        core = L.mT @ (A @ A.mT) @ L
+        core = L.mT @ _gram(A) @ L
     else:
         left, right = (B, A) if m >= n else (A.mT, B.mT)
         core = left.new_zeros(min(m, n), min(m, n))
         for start in range(0, max(m, n), BLOCK):
             rows = left[start : start + BLOCK] @ right
-            core += rows.mT @ rows
+            core += _gram(rows.mT)
     values: Tensor = torch.linalg.eigvalsh(core).flip(0).clamp(min=0).sqrt()
     found: Tensor = values[values > 1e-8 * values[0]]
     return found
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """rows @ rows^T by NumPy, which knows that it is symmetric and takes half the time."""
+    array = rows.numpy()
+    return torch.from_numpy(array @ array.T)
 
 
 def _nonzero(factors: Factors) -> Factors:

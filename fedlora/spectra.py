@@ -30,8 +30,9 @@ def draw_spectra(outcome: Outcome) -> Figure:
     _falls(left, layers, worst, named)
     _needs(right, layers, worst)
     handles, labels = left.get_legend_handles_labels()
-    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.01), "ncols": 3}
-    figure.legend(handles, labels, frameon=False, fontsize=8.5, **place)
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.0), "ncols": 3}
+    title = {"title": "the layers that lost most (energy kept)", "title_fontsize": 8.5}
+    figure.legend(handles, labels, frameon=False, fontsize=8.5, **place, **title)
     figure.text(
         0.07,
         0.945,

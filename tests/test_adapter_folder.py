@@ -219,6 +219,7 @@ REFUSED = [
     ({"alpha_pattern": {"query": "x"}}, r"alpha_pattern\['query'\] = 'x' is no scale"),
     ({"target_modules": 3}, "target_modules = 3 is no list of names"),
     ({"target_modules": "("}, "is no regular expression"),
+    ({"target_modules": ")("}, "is no regular expression"),
     ({"target_modules": ["value"]}, "layer 'block.query' is none that target_modules"),
     ({"r": 3}, "not of the rank 3 that adapter_config.json gives it"),
     ({"rank_pattern": {"value": 1}}, "layer 'block.value': A of shape .* rank 1"),

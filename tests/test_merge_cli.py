@@ -162,6 +162,19 @@ def test_without_matplotlib_a_figure_is_refused_before_the_merge(
     assert not Path("out").exists()
 
 
+def test_an_interrupted_merge_leaves_nothing(
+    three: Path, merge: Merge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(outcome: Outcome, figure: str = "") -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge_command, "model_card", stopped)
+    before = sorted(three.rglob("*"))
+    code, _, err = merge("a", "b", "-o", "out")
+    assert (code, err) == (130, "fedlora: interrupted; nothing was written\n")
+    assert sorted(three.rglob("*")) == before
+
+
 def test_a_number_of_threads_that_was_set_comes_back(three: Path) -> None:
     torch.set_num_threads(2)
     try:
