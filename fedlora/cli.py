@@ -38,18 +38,14 @@ Rolling = Annotated[int, typer.Option("--rolling", min=1, help="Rounds in the ro
 @app.command()
 def run(config: ConfigPath, set: Sets = None) -> None:
     """Run a federation (or a reference) and leave adapter, log, model card and figure."""
-    from fedlora.config import load_config
-
-    _run(load_config(config, set or []))
+    _run(_loaded(config, set))
 
 
 @app.command()
 def demo(set: Sets = None) -> None:
     """Run the built-in federation: three clients, generated reviews, MiniLM, merge rule FRA."""
-    from fedlora.config import load_config
-
     with resources.as_file(resources.files("fedlora") / "demo.toml") as path:
-        _run(load_config(path, set or []))
+        _run(_loaded(path, set))
 
 
 @app.command()
@@ -61,10 +57,9 @@ def partition(
     ] = None,
 ) -> None:
     """Show who would hold which labels, before anyone trains."""
-    from fedlora.config import load_config
     from fedlora.data import read_silos
 
-    loaded = load_config(config, set or [])
+    loaded = _loaded(config, set)
     silos = read_silos(loaded)
     names = loaded.data.label_names or silos.labels
     table = Table("client", *names, "rows", box=None, pad_edge=False)
@@ -152,7 +147,9 @@ def merge(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The new folder to write.")
     ] = None,
-    rule: Annotated[str, typer.Option(help="Merge rule; `fedlora rules` lists them.")] = "fra",
+    rule: Annotated[
+        str, typer.Option(help="Merge rule; `fedlora rules` lists them; ./FILE.py:NAME is yours.")
+    ] = "fra",
     rank: Annotated[
         str, typer.Option(help="Rank of all layers, or auto:SHARE of the energy; else as put in.")
     ] = "",
@@ -177,6 +174,7 @@ def merge(
     from fedlora.merge_command import merged
 
     console = Console()
+    _import_own(rule)
     try:
         outcome = merged(
             adapters,
@@ -201,25 +199,51 @@ def merge(
 
 
 @app.command()
-def rules(name: Annotated[str, typer.Argument(help="Show this rule's whole story.")] = "") -> None:
+def rules(
+    name: Annotated[
+        str, typer.Argument(help="Show this rule's whole story; ./FILE.py:NAME shows your own.")
+    ] = "",
+) -> None:
     """List the merge rules and what each promises."""
-    from fedlora.rules import LAWS, get_rule, rule_names
+    from fedlora.rules import (
+        LAWS,
+        described,
+        get_rule,
+        option_types,
+        rule_names,
+        traffic,
+        trained,
+    )
 
     console = Console()
     if name:
+        _import_own(name)
         found = get_rule(name)
-        console.print(found.doc, highlight=False, markup=False)
+        console.print(found.doc, highlight=False, markup=False, soft_wrap=True)
         for law, meaning in LAWS.items():
             claim = found.laws[law]
             console.print(f"{law}: {f'yes, {meaning}' if claim is True else f'no, {claim}'}")
+        up, down = traffic(found)
+        console.print(f"clients train {trained(found)}; up {up}, down {down}", highlight=False)
+        if found.residual:
+            first, *rest = found.residual
+            fates = ", ".join([f"{first} (default)", *rest])
+            console.print(f"residual: {fates}", highlight=False)
+        for option, kind in option_types(found).items():
+            console.print(f"option {option}: {described(kind)}", highlight=False, markup=False)
         return
-    table = Table("rule", "held to", "what it does", box=None, pad_edge=False)
+    marked = ("exact", "linear", "mixed_ranks")
+    heads = ["rule", "trains", *(law.replace("_", " ") for law in marked), "up", "down"]
+    table = Table(*heads, "what it does", box=None, pad_edge=False)
     for name in rule_names():
         found = get_rule(name)
-        held = [law.replace("_", " ") for law in LAWS if found.laws[law] is True]
-        table.add_row(name, ", ".join(held), found.summary)
+        marks = ["yes" if found.laws[law] is True else "-" for law in marked]
+        table.add_row(name, trained(found), *marks, *traffic(found), found.summary)
     console.print(table)
-    console.print("`fedlora rules NAME` tells the whole story of one")
+    console.print(
+        "up, down: numbers sent per layer (m x n), client and round; f is the rank of what was "
+        "folded\n`fedlora rules NAME` tells the whole story of one"
+    )
 
 
 @app.command()
@@ -242,6 +266,22 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"fedlora: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from error
+
+
+def _loaded(path: Path, overrides: list[str] | None) -> Config:
+    """The config; a rule of the user's own file is run, since this is the user's command line."""
+    from fedlora.config import load_config
+
+    return load_config(path, overrides or [], own_rule=_import_own)
+
+
+def _import_own(name: str) -> None:
+    """Runs the user's file where a rule is named as one."""
+    from fedlora.config import FILE_RULE
+    from fedlora.own_rules import import_rule
+
+    if FILE_RULE in name:
+        import_rule(name)
 
 
 def _run(config: Config) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
@@ -29,6 +29,7 @@ from fedlora.settings import (
 
 Flat: TypeAlias = dict[str, bool | int | float | str]
 
+FILE_RULE = ".py:"  # what a rule is named by that comes from a file
 LOCAL_ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
@@ -65,11 +66,19 @@ class Config:
         return "\n".join(lines)
 
 
-def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
+def load_config(
+    path: Path | str,
+    overrides: Iterable[str] = (),
+    *,
+    own_rule: Callable[[str], None] | None = None,
+    merges: bool = True,
+) -> Config:
     """Reads a TOML file and applies `section.key=value` overrides; ValueError says what is wrong.
 
-    Relative paths of data and model in the file are meant from the file's folder, those in
-    overrides from the working directory.
+    Relative paths of data, model and a rule of one's own in the file are meant from the file's
+    folder, those in overrides from the working directory. `own_rule` is called with a rule that is
+    named as a file, `./mine.py:name`, and must make it known; without it such rules are refused.
+    `merges=False` leaves the rule unchecked, for those who only read what a run left.
     """
     source = Path(path)
     try:
@@ -84,9 +93,12 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
         if not isinstance(values, dict):
             raise ValueError(f"[{section}] in {source} must be a table")
         flat |= {f"{section}.{key}": value for key, value in values.items()}
-    return make_config(
-        _anchored(flat, source.parent) | _anchored(parse_overrides(overrides), Path.cwd())
-    )
+    settings = _anchored(flat, source.parent)
+    settings |= _anchored(parse_overrides(overrides), Path.cwd())
+    rule = settings.get("merge.rule")
+    if own_rule is not None and isinstance(rule, str) and FILE_RULE in rule:
+        own_rule(rule)
+    return make_config(settings, merges=merges)
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -100,11 +112,11 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     return flat
 
 
-def make_config(flat: Mapping[str, Any]) -> Config:
+def make_config(flat: Mapping[str, Any], *, merges: bool = True) -> Config:
     """A checked config from flat keys; values may be text (from a command line) or typed.
 
     ValueError for an unknown key (with the nearest), a wrong type, a value out of range or a bad
-    rule.
+    rule (unless `merges` is False). Runs no code: a rule in a file must be known already.
     """
     sections: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
     for key, value in flat.items():
@@ -119,6 +131,8 @@ def make_config(flat: Mapping[str, Any]) -> Config:
         sections[section][name] = _coerced(key, value, _HINTS[section][name])
     config = Config(**{name: _SECTIONS[name](**values) for name, values in sections.items()})
     _check(config)
+    if merges:
+        _check_merge(config)
     return config
 
 
@@ -214,7 +228,6 @@ def _check(config: Config) -> None:
         values = getattr(config, section.name)
         for key in fields(values):
             _in_range(f"{section.name}.{key.name}", getattr(values, key.name), key.metadata)
-    _check_merge(config)
     if config.partition.by == "shares" and len(config.partition.shares) != config.partition.clients:
         raise ValueError(
             f"partition.shares lists {len(config.partition.shares)} clients, "
@@ -302,6 +315,9 @@ def _anchored(flat: dict[str, Any], folder: Path) -> dict[str, Any]:
     if "data.clients" in flat:
         files = _coerced("data.clients", flat["data.clients"], dict[str, str])
         anchored["data.clients"] = {client: anchor(file) for client, file in files.items()}
+    path, colon, rule = str(flat.get("merge.rule", "")).rpartition(":")
+    if path.endswith(".py"):
+        anchored["merge.rule"] = f"{(folder / path).resolve()}{colon}{rule}"
     name = flat.get("model.name")
     if isinstance(name, str) and (folder / name).is_dir():
         anchored["model.name"] = str((folder / name).resolve())

@@ -109,9 +109,10 @@ def cells(record: Mapping[str, Any], clients: list[str]) -> list[str]:
 
 
 def start_line(facts: Mapping[str, Any]) -> str:
-    """Where the run goes and who takes part."""
+    """Where the run goes, who takes part, and what the user should know."""
     rows = sum(sizes["train"] for sizes in facts["clients"].values())
-    return f"{facts['folder']}: {len(facts['clients'])} clients, {rows:,} training rows"
+    line = f"{facts['folder']}: {len(facts['clients'])} clients, {rows:,} training rows"
+    return "\n".join([line, *facts["notes"]])
 
 
 def round_line(record: Mapping[str, Any]) -> str:

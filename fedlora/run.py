@@ -33,6 +33,7 @@ from fedlora.model import (
 )
 from fedlora.modes import GLOBAL, Step, for_mode, steps
 from fedlora.records import Record, round_record, summary_record
+from fedlora.robust import warning
 from fedlora.rules import Plan
 from fedlora.runlog import append_record, check_new, create_run, model_card, write_json
 from fedlora.simulation import Fit
@@ -113,7 +114,8 @@ def execute(job: Job, watch: Watch = lambda event, facts: None) -> Path:
     }
     place = {"device": str(job.model.device), "threads": torch.get_num_threads()}
     create_run(job.folder, job.config, place)
-    watch("start", {"folder": job.folder, "clients": sizes, "rounds": job.config.run.rounds})
+    facts = {"folder": job.folder, "clients": sizes, "rounds": job.config.run.rounds}
+    watch("start", {**facts, "notes": _notes(job.config, len(sizes))})
     done = _Done([], {GLOBAL: job.start}, None)
     interrupted = True
     try:
@@ -127,6 +129,13 @@ def execute(job: Job, watch: Watch = lambda event, facts: None) -> Path:
             _save(job, done, sizes, interrupted)
     watch("done", {"folder": job.folder, "record": done.records[-1]})
     return job.folder
+
+
+def _notes(config: Config, clients: int) -> list[str]:
+    """What the user should know before the first round."""
+    a_round = math.ceil(config.merge.participation * clients - 1e-9)
+    federated = config.run.mode == "federated"
+    return [note for note in [warning(config.merge.robust, a_round)] if note and federated]
 
 
 def _rounds(job: Job, watch: Watch) -> Iterator[tuple[Record, dict[str, Adapter], Scores | None]]:

@@ -44,7 +44,8 @@ class Run:
     @property
     def method(self) -> str:
         """The merge rule of a federated run, else the mode: `fra`, `central`, `local`."""
-        return str(self.config["merge"]["rule"]) if self.mode == "federated" else self.mode
+        rule = str(self.config["merge"]["rule"]).rpartition(".py:")[2]  # a file's rule: its name
+        return rule if self.mode == "federated" else self.mode
 
     @property
     def clients(self) -> list[str]:

@@ -45,7 +45,7 @@ def read_config(folder: Path) -> Config:
     """The config of a finished run; ValueError where the folder holds none."""
     if not (folder / "config.toml").is_file():
         raise ValueError(f"{folder} is not a run directory: it has no config.toml")
-    return load_config(folder / "config.toml")
+    return load_config(folder / "config.toml", merges=False)
 
 
 def append_record(folder: Path, record: Mapping[str, Any]) -> None:

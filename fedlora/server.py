@@ -23,6 +23,7 @@ from fedlora.adapter import (
     mix,
     overlay,
     rescaled,
+    sketched_frobenius,
     stacked,
 )
 from fedlora.lowrank import compress
@@ -37,8 +38,10 @@ from fedlora.policy import (
     terms,
     with_residual,
 )
-from fedlora.rules import Plan, Rule
+from fedlora.rules import Plan, Residual, Rule
 from fedlora.seeding import numpy_generator
+
+EXACT = 1024  # rank rows up to which figures are exact
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +138,8 @@ def aggregate(
     `merge_error`, what the model lacks of the merge's target (the weighted mean of the increments,
     with the weights that the rule used, and what was carried); `fold_tail`, the part of it that
     `fold_rank` cut; `carried`, what the next round still owes; and `frozen_rank`, the largest rank
-    of the folded increments. float32 at rest puts the floor of the errors near 1e-7.
+    of the folded increments. float32 at rest puts the floor of the errors near 1e-7; layers with
+    over 1,024 rank rows in all (K r) are measured by a sketch, within a few percent.
     """
     if not results:
         raise ValueError(f"round {round} has no results to merge: keep the last adapter instead")
@@ -144,60 +148,103 @@ def aggregate(
     if len(set(names)) != len(names):
         raise ValueError(f"round {round} holds two results of one client: {', '.join(names)}")
     fate = residual_policy(rule, policy.residual)
-    rule = with_residual(rule, fate)
+    merging = _Merging(with_residual(rule, fate), fate, policy.fold_rank, round)
     sent = [cut_for(state.adapter, policy.receivers.get(name)) for name in names]
     parts = terms(rule, sent, ordered, policy)
-    coefficients = torch.tensor([term.coefficient for term in parts], dtype=torch.float64)
-
-    layers: dict[str, Factors] = {}
-    frozen, carried = dict(state.adapter.frozen), dict(state.carried)
-    missed = norm = tail = owed = 0.0
-    for name in sorted(state.adapter.layers):
-        factors = [_precise(term.adapter.layers[name]) for term in parts]
-        weights = coefficients
-        if name in carried:
-            factors.append(_precise(carried[name]))
-            weights = torch.cat([weights, weights.new_ones(1)])
-        answer = rule.combine(_precise(state.adapter.layers[name]), factors, weights, round)
-        merged, residual = _parted(answer)
-        layers[name] = converted(merged, torch.float32, "cpu")
-        wanted = mix(factors, weights, merged.scaling)
-        lost = mix([wanted, _precise(layers[name])], [1.0, -1.0], merged.scaling)
-        if fate == "fold" and residual is not None:
-            gone = _folded(frozen, name, residual, policy.fold_rank)
-            lost = mix([lost, residual, gone], [1.0, -1.0, 1.0], merged.scaling)
-            tail += frobenius(gone) ** 2
-        if fate == "carry" and residual is not None:
-            kept = compress(residual, policy.fold_rank or None).factors
-            carried[name] = converted(kept, torch.float32, "cpu")
-            owed += frobenius(kept) ** 2
-        missed += frobenius(lost) ** 2
-        norm += frobenius(wanted) ** 2
-
-    share = 1 / norm if norm > 0 else 0.0
-    figures = {"merge_error": math.sqrt(missed * share)}
-    if fate == "fold":
-        largest = max((factors.rank for factors in frozen.values()), default=0)
-        figures |= {"fold_tail": math.sqrt(tail * share), "frozen_rank": float(largest)}
-    if fate == "carry":
-        figures |= {"carried": math.sqrt(owed * share)}
-    dense = {name: _averaged(parts, name) for name in sorted(state.adapter.dense)}
-    frozen = {name: factors for name, factors in sorted(frozen.items()) if factors.rank}
-    return ServerState(Adapter(layers, dense, frozen), {**state.memory, **figures}, carried)
+    done = {
+        name: _merged_layer(merging, state, parts, name) for name in sorted(state.adapter.layers)
+    }
+    adapter = Adapter(
+        {name: layer.factors for name, layer in done.items()},
+        {name: _averaged(parts, name) for name in sorted(state.adapter.dense)},
+        {name: layer.frozen for name, layer in done.items() if layer.frozen and layer.frozen.rank},
+    )
+    carried = {name: layer.carried for name, layer in done.items() if layer.carried}
+    return ServerState(adapter, {**state.memory, **_figures(fate, done)}, carried)
 
 
-def _parted(answer: Factors | Merged) -> tuple[Factors, Factors | None]:
-    return (answer.factors, answer.residual) if isinstance(answer, Merged) else (answer, None)
+@dataclass(frozen=True)
+class _Merging:
+    """How the layers of one round are merged."""
+
+    rule: Rule
+    fate: Residual
+    fold_rank: int
+    round: int
 
 
-def _folded(frozen: dict[str, Factors], name: str, residual: Factors, cap: int) -> Factors:
-    """Adds a residual to what is frozen, in as few pairs as hold it; returns what the cap cut."""
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """One merged layer, float32, and the norms (float64) that its figures are made of."""
+
+    factors: Factors
+    frozen: Factors | None
+    carried: Factors | None
+    lost: float
+    wanted: float
+    cut: float
+    owed: float
+
+
+def _merged_layer(
+    merging: _Merging, state: ServerState, parts: Sequence[Term], name: str
+) -> _Layer:
+    """One layer of all terms merged, its residual folded or carried."""
+    factors = [_precise(term.adapter.layers[name]) for term in parts]
+    weights = torch.tensor([term.coefficient for term in parts], dtype=torch.float64)
+    frozen, carried = state.adapter.frozen.get(name), state.carried.get(name)
+    if carried is not None:
+        factors.append(_precise(carried))
+        weights = torch.cat([weights, weights.new_ones(1)])
+    prev = _precise(state.adapter.layers[name])
+    answer = merging.rule.combine(prev, factors, weights, merging.round)
+    merged, residual = (
+        (answer.factors, answer.residual) if isinstance(answer, Merged) else (answer, None)
+    )
+    result = converted(merged, torch.float32, "cpu")
+    wanted = mix(factors, weights, merged.scaling)
+    lost = mix([wanted, _precise(result)], [1.0, -1.0], merged.scaling)
+    cut = owed = 0.0
+    if merging.fate == "fold" and residual is not None:
+        pressed = _folded(frozen, residual, merging.fold_rank)
+        frozen, cut = pressed.factors, frobenius(pressed.residual)
+        lost = mix([lost, residual, pressed.residual], [1.0, -1.0, 1.0], merged.scaling)
+    if merging.fate == "carry" and residual is not None:
+        carried = compress(residual, merging.fold_rank or None).factors
+        owed = frobenius(carried)
+    return _Layer(
+        result, _at_rest(frozen), _at_rest(carried), _size(lost), _size(wanted), cut, owed
+    )
+
+
+def _folded(frozen: Factors | None, residual: Factors, cap: int) -> Merged:
+    """What is frozen with the residual added, in as few pairs as hold it, and what the cap cut."""
     whole = rescaled(residual, 1.0)
-    if name in frozen:
-        whole = stacked(_precise(frozen[name]), whole)
-    pressed = compress(whole, cap or None)
-    frozen[name] = converted(pressed.factors, torch.float32, "cpu")
-    return pressed.residual
+    if frozen is not None:
+        whole = stacked(_precise(frozen), whole)
+    return compress(whole, cap or None)
+
+
+def _figures(fate: Residual, layers: Mapping[str, _Layer]) -> dict[str, float]:
+    """The memory of a merge, relative to the norm of what was wanted over all layers."""
+    norm = math.hypot(*(layer.wanted for layer in layers.values())) or math.inf
+    figures = {"merge_error": math.hypot(*(layer.lost for layer in layers.values())) / norm}
+    if fate == "fold":
+        ranks = (layer.frozen.rank for layer in layers.values() if layer.frozen)
+        figures["fold_tail"] = math.hypot(*(layer.cut for layer in layers.values())) / norm
+        figures["frozen_rank"] = float(max(ranks, default=0))
+    if fate == "carry":
+        figures["carried"] = math.hypot(*(layer.owed for layer in layers.values())) / norm
+    return figures
+
+
+def _size(factors: Factors) -> float:
+    """||delta W||_F, sketched where the exact one would cost more than the merge."""
+    return frobenius(factors) if factors.rank <= EXACT else sketched_frobenius(factors)
+
+
+def _at_rest(factors: Factors | None) -> Factors | None:
+    return None if factors is None else converted(factors, torch.float32, "cpu")
 
 
 def _averaged(parts: Sequence[Term], name: str) -> Tensor:

@@ -16,9 +16,22 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Adapter, ClientResult, Factors, Merged
+from fedlora.own_rules import import_rule
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("laws")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rule", action="append", default=[], metavar="FILE.py:NAME",
+        help="hold a rule of your own to the laws as well (tests/test_conformance.py)",
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for reference in config.getoption("--rule"):
+        import_rule(reference)
 
 
 @pytest.fixture

@@ -19,18 +19,27 @@ from conftest import (
 from torch.testing import assert_close
 
 from fedlora.adapter import (
+    WHOLE,
     Adapter,
     Factors,
     byte_count,
+    change,
     converted,
+    copied,
+    cut,
+    equal_ranks,
     flatten,
     frobenius,
     increment,
     inner,
+    lora_scaling,
     mean_factors,
     mix,
     overlay,
+    padded,
     rescaled,
+    sketched_frobenius,
+    stacked,
 )
 
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -227,3 +236,85 @@ def test_byte_count_is_the_arrays_alone() -> None:
     adapter = Adapter({"x": Factors(torch.zeros(2, 5), torch.zeros(7, 2), 1.0)})
     assert byte_count(flatten(adapter)) == 4 * 2 * (5 + 7)
     assert byte_count({"h": torch.zeros(3, dtype=torch.float64)}) == 24
+
+
+def test_a_sketched_norm_is_within_a_few_percent_and_the_same_twice() -> None:
+    for seed in range(10):
+        factors = random_factors(seed, 40, 30, 12)
+        assert sketched_frobenius(factors) == pytest.approx(float(dense(factors).norm()), rel=0.15)
+        assert sketched_frobenius(factors) == sketched_frobenius(factors)
+    zero = Factors(factors.A, torch.zeros_like(factors.B), 2.0)
+    assert sketched_frobenius(zero) == 0
+
+
+# ---------------------------------------------------------------- other ranks, and what is frozen
+
+
+@pytest.mark.parametrize("keep_A", [False, True])  # A is the matrix
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_cut_is_the_first_pairs_in_the_receivers_scaling(rank: int, keep_A: bool) -> None:
+    factors = random_factors(0, scaling=1.0)
+    got = cut(factors, rank, 4.0, keep_A=keep_A)
+    assert (got.rank, got.scaling) == (rank, 4.0)
+    assert_near(dense(got), factors.B[:, :rank] @ factors.A[:rank], 1e-14)
+    ratio = float(got.A.norm() / factors.A[:rank].norm())
+    assert ratio == pytest.approx(1.0 if keep_A else 0.5)
+
+
+def test_stacking_adds_increments_and_padding_adds_nothing() -> None:
+    left, right = random_factors(0, r=3, scaling=2.0), random_factors(1, r=2, scaling=0.5)
+    both = stacked(left, right)
+    assert (both.rank, both.scaling) == (5, 2.0)
+    assert_near(dense(both), dense(left) + dense(right), 1e-14)
+    assert torch.equal(both.A[:3], left.A)
+    wide = padded(left, 5)
+    assert wide.rank == 5
+    assert_near(dense(wide), dense(left), 1e-15)
+    assert not bool(wide.A[3:].any() or wide.B[:, 3:].any())
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e-12])
+def test_a_change_keeps_its_digits_however_small(size: float) -> None:
+    """The difference of two products has lost them: 1e-16 of the product is 1e-4 of the change."""
+    before = random_factors(0, scaling=0.5)
+    moved = random_factors(1)
+    after = Factors(before.A + size * moved.A, before.B + size * moved.B, 2.0)
+    start = rescaled(before, 2.0)
+    after = Factors(after.A, start.B + size * moved.B, 2.0)
+    dA, dB = after.A - start.A, after.B - start.B
+    want = 2.0 * (dB @ after.A + start.B @ dA)
+    assert frobenius(change(before, after)) == pytest.approx(float(want.norm()), rel=1e-12)
+    with pytest.raises(ValueError, match="rank 2 beside the previous ones of rank 3"):
+        change(before, random_factors(2, r=2))
+    with pytest.raises(ValueError, match="equal ranks are needed"):
+        equal_ranks(before, [before, random_factors(2, r=4)])
+
+
+def test_a_scaling_is_alpha_over_r_or_over_its_root() -> None:
+    assert lora_scaling(16.0, 4, rslora=False) == 4.0
+    assert lora_scaling(16.0, 4, rslora=True) == 8.0
+
+
+def test_what_is_frozen_travels_with_an_adapter_and_is_asked_for_by_name() -> None:
+    adapter = random_adapter(0)
+    assert flatten(adapter, WHOLE) == flatten(adapter)
+    folded = Factors(normal(1, 4, 5).float(), normal(2, 7, 4).float(), 3.0)
+    whole = Adapter(adapter.layers, adapter.dense, {"block.query": folded})
+    tensors = flatten(whole, WHOLE)
+    extra = {"block.query.frozen_A", "block.query.frozen_B"}
+    assert tensors.keys() - flatten(whole).keys() == extra
+    assert_close(tensors["block.query.frozen_B"], 3.0 * folded.B)
+    assert set(flatten(whole, {"frozen"})) == extra
+    twin = copied(whole)
+    assert twin.frozen["block.query"].A.data_ptr() != folded.A.data_ptr()
+    for got in (overlay(tensors, adapter), twin):
+        assert list(got.frozen) == ["block.query"]
+        assert_close(dense(got.frozen["block.query"]), dense(folded), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"'other\.frozen_A' belongs to no layer"):
+        overlay({"other.frozen_A": folded.A}, adapter)
+
+
+def test_large_products_are_summed_in_blocks_to_the_same_value() -> None:
+    left, right = random_factors(0, 12, 9, 2500), random_factors(1, 12, 9, 1100)
+    want = float((dense(left) * dense(right)).sum())
+    assert inner(left, right) == pytest.approx(want, rel=1e-10)

@@ -62,6 +62,11 @@ def test_the_readmes_python_runs_and_its_config_is_valid() -> None:
     assert make_config(flat).merge.rule == "fra"
 
 
+def test_the_page_on_own_rules_shows_the_example_that_is_there() -> None:
+    (shown,) = _blocks((ROOT / "docs" / "own_rule.md").read_text(), "python")
+    assert shown == (ROOT / "examples" / "trimmed_mean.py").read_text()
+
+
 def test_nothing_in_the_project_names_a_private_place() -> None:
     listed = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False

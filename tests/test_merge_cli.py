@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import normal, random_adapter
+from conftest import dense, normal, random_adapter
 from peft_adapters import make_adapter, reconfigure
 
+import fedlora
 from fedlora import merge_command
 from fedlora.adapter import Adapter, Factors
 from fedlora.adapter_folder import open_folder, write_folder
@@ -19,7 +22,7 @@ from fedlora.canvas import render
 from fedlora.cli import main
 from fedlora.merge_card import counted, model_card, natural, percent, shortened, summary
 from fedlora.merging import Outcome, merge_folders
-from fedlora.rules import get_rule
+from fedlora.rules import LAWS, get_rule
 from fedlora.spectra import draw_spectra
 
 pytest_plugins = ["tiny"]
@@ -160,6 +163,28 @@ def test_without_matplotlib_a_figure_is_refused_before_the_merge(
     assert code == 2
     assert "--report: figures need matplotlib" in err
     assert not Path("out").exists()
+
+
+def test_a_rule_of_ones_own_file_merges(three: Path) -> None:
+    """In a process of its own: a rule once registered stays."""
+    laws = ", ".join(f'{law}="as it comes"' for law in LAWS if law != "mixed_ranks")
+    Path("mine.py").write_text(
+        "from fedlora.rules import rule\n"
+        f"@rule(mixed_ranks=True, {laws})\n"
+        "def last(prev, clients, weights):\n"
+        '    """The last client."""\n'
+        "    return clients[-1]\n"
+    )
+    command = [sys.executable, "-m", "fedlora", "merge", "a", "b", "-o", "out"]
+    root = Path(fedlora.__file__).parent.parent
+    subprocess.run(
+        [*command, "--rule", "./mine.py:last"],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    written, given = open_folder("out").factors("block.query"), open_folder("b")
+    torch.testing.assert_close(dense(written), dense(given.factors("block.query")))
 
 
 def test_an_interrupted_merge_leaves_nothing(

@@ -97,6 +97,7 @@ class Rule:
 
 
 _RULES: dict[str, Rule] = {}
+_FILES: dict[str, str] = {}  # "path.py:name" -> name, of rules that came from files
 
 
 def rule(
@@ -138,6 +139,11 @@ def rule(
     return register
 
 
+def add_file(path: str, names: Iterable[str]) -> None:
+    """Makes the rules that a file registered known as `path:name` too."""
+    _FILES.update({f"{path}:{name}": name for name in names})
+
+
 def rule_names() -> list[str]:
     """The names of all rules, sorted."""
     _discover()
@@ -147,6 +153,11 @@ def rule_names() -> list[str]:
 def get_rule(name: str, **options: Option) -> Rule:
     """The rule of that name, options bound; ValueError names near misses and known options."""
     _discover()
+    if name not in _RULES and ".py:" in name and name not in _FILES:
+        raise ValueError(
+            f"rule {name!r} is a file: rules from files are run on the local command line only"
+        )
+    name = _FILES.get(name, name)
     if name not in _RULES:
         raise ValueError(
             f"unknown rule {name!r}{near(name, _RULES)}; known are {', '.join(rule_names())}"
@@ -171,6 +182,31 @@ def option_types(rule: Rule) -> dict[str, Any]:
     return {
         p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "round"
     }
+
+
+def trained(rule: Rule) -> str:
+    """What clients train, as a user reads it: `A and B`, `B`, `B, A in turn`."""
+    return _in_turn([" and ".join(sorted(plan.trains - {"head"})) for plan in _plans(rule)])
+
+
+def traffic(rule: Rule) -> tuple[str, str]:
+    """Numbers sent up and down per layer, client and round, as formulas of m, n and the rank.
+
+    f is the rank of what was folded so far. Read off the rule's plan, so it is what is sent.
+    """
+    r = "r_k" if rule.laws["mixed_ranks"] is True else "r"
+    sizes = {"A": f"{r} n", "B": f"{r} m", "AB": f"{r} (m + n)"}
+    up = _in_turn([sizes["".join(sorted(plan.shares - {"head"}))] for plan in _plans(rule)])
+    down = _in_turn([sizes["".join(sorted(plan.receives - {"head"}))] for plan in _plans(rule)])
+    return up, down + (" + f (m + n)" if rule.residual[:1] == ("fold",) else "")
+
+
+def _plans(rule: Rule) -> list[Plan]:
+    return [rule.plan(round, {}) for round in (1, 2)]
+
+
+def _in_turn(texts: Sequence[str]) -> str:
+    return texts[0] if len(set(texts)) == 1 else f"{', '.join(texts)} in turn"
 
 
 def described(annotation: Any) -> str:

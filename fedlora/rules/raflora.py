@@ -37,9 +37,7 @@ def raflora(
     *,
     gauge: Gauge = "balanced",
 ) -> Factors:
-    """The truncated SVD of the increments, each rank row averaged over the clients that reach
-    it.
-    """
+    """The truncated SVD of increments whose rank rows are averaged over those that have them."""
     reach = weights.new_zeros(max(client.rank for client in clients))
     for weight, client in zip(weights, clients, strict=True):
         reach[: client.rank] += weight

@@ -1,0 +1,48 @@
+"""Border to a user's own rules: runs a Python file that registers them. For local command lines.
+
+The file uses `@rule` as those in `fedlora/rules` do. Never call this with a name that came from a
+server or from somebody else's config: the file's code runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from fedlora.hints import near
+from fedlora.rules import add_file, rule_names
+
+
+def import_rule(reference: str) -> None:
+    """Runs the file of `path.py:name`, once, so that `get_rule(reference)` finds the rule.
+
+    ValueError where there is no such file, it cannot be run, or it registers no rule of that name.
+    """
+    place, _, name = reference.rpartition(":")
+    path = Path(place).resolve()
+    if not path.is_file():
+        raise ValueError(f"rule {reference!r}: there is no file {path}")
+    module_name = f"fedlora_own_rules.{path.stem}_{abs(hash(str(path)))}"
+    module = sys.modules.get(module_name)
+    if module is None:
+        before = set(rule_names())
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"rule {reference!r}: {path} is no Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module  # a rule's page is its module's docstring
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever a user's file may raise is a mistake of that file
+            del sys.modules[module_name]
+            raise ValueError(f"rule {reference!r}: {path} failed: {error}") from error
+        module.fedlora_rules = sorted(set(rule_names()) - before)  # type: ignore[attr-defined]
+    names: list[str] = module.fedlora_rules
+    if name not in names:
+        known = ", ".join(names) or "none at all"
+        raise ValueError(
+            f"rule {reference!r}: {path} registers no rule {name!r}{near(name, names)}; it "
+            f"registers {known}: put @rule(...) on a function of that name"
+        )
+    add_file(place, names)
