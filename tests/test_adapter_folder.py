@@ -29,7 +29,7 @@ CASES = [
             "target_modules": ["c_attn", "c_fc", "wte"],
             "use_rslora": True,
             "r": 4,
-            "rank_pattern": {"c_fc": 2},
+            "rank_pattern": {"attn": 1, "c_fc": 2},  # "attn" names no whole part of a name
             "alpha_pattern": {"h.1.attn.c_attn": 3, r"mlp\..*": 5},
         },
     ),

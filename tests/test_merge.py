@@ -356,6 +356,7 @@ def test_a_rule_that_drops_loses_its_residual(three: list[Path], tmp_path: Path)
     rule = ruled(means_and_rest, residual=["drop", "fold"])
     outcome = merge_folders(three, rule, tmp_path / "out")
     assert [layer.rank for layer in outcome.layers] == [1, 1]
+    assert {entry.scaling for entry in open_folder(tmp_path / "out").layers.values()} == {1.0}
     assert outcome.kept < 0.99
 
 
