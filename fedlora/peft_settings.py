@@ -171,9 +171,8 @@ def _alpha(scaling: float, rank: int, rslora: bool) -> int | float:
     """The alpha that PEFT turns into this scaling; a whole number where one does."""
     divisor = _divisor(rank, rslora)
     product = scaling * divisor
-    tries = [round(product), product, math.nextafter(product, 0), math.nextafter(product, math.inf)]
-    exact = [alpha for alpha in tries if alpha / divisor == scaling]
-    return exact[0] if exact else product
+    whole = round(product)
+    return whole if whole / divisor == scaling else product
 
 
 def _divisor(rank: int, rslora: bool) -> float:
