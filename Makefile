@@ -17,6 +17,7 @@ test: $(VENV)/dev  ## lint, format, types, tests (slow ones, docs and demo inclu
 mutants: $(VENV)/dev  ## break the code on purpose, one bug at a time, and see each one caught
 	$(BIN)/python tests/mutants.py
 	$(BIN)/python tests/mutants_border.py
+	$(BIN)/python tests/mutants_rules.py
 
 docs: $(VENV)/dev  ## write the generated pages anew
 	$(BIN)/python docs/generate.py

@@ -34,8 +34,9 @@ from fedlora.model import (
 from fedlora.modes import GLOBAL, Step, for_mode, steps
 from fedlora.records import Record, round_record, summary_record
 from fedlora.robust import warning
-from fedlora.rules import Plan
+from fedlora.rules import Plan, get_rule
 from fedlora.runlog import append_record, check_new, create_run, model_card, write_json
+from fedlora.server import rehearse
 from fedlora.simulation import Fit
 
 Watch: TypeAlias = Callable[[str, Mapping[str, Any]], None]
@@ -97,8 +98,11 @@ def prepare(config: Config) -> Job:
             f"data.max_length = {config.data.max_length} is more than the model reads: "
             f"take at most {longest_input(model)}"
         )
+    start = read_adapter(model)
+    if config.run.mode == "federated":
+        rehearse(get_rule(config.merge.rule, **config.merge.options), start)
     data = tokenised(config, silos, model.tokenizer)
-    return Job(config, silos, data, model, read_adapter(model))
+    return Job(config, silos, data, model, start)
 
 
 def execute(job: Job, watch: Watch = lambda event, facts: None) -> Path:

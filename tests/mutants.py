@@ -118,7 +118,7 @@ MUTANTS = [Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
     ("extra-let-in", "server.py", "sorted(set(tensors) - set(expected))", "[]",
      "a client overwrites what it may not", "server"),
     ("everything-sent-down", "server.py", "plan.receives | {\"frozen\"})",
-     "plan.receives | {\"A\", \"B\", \"head\", \"frozen\"})", "a plan's savings exist on paper only", "simulate"),
+     "{\"A\", \"B\", \"head\", \"frozen\"})", "a plan's savings exist on paper only", "simulate"),
     ("unsorted-sampling", "server.py", "ids = sorted(clients)", "ids = list(clients)",
      "the draw depends on who connected first", "server"),
     ("one-sample-for-all-rounds", "server.py", '"sample", round)', '"sample")',
