@@ -276,7 +276,9 @@ def test_the_worst_layers_come_first(three: list[Path]) -> None:
     assert outcome.worst(1) == worst[:1]
 
 
-@pytest.mark.parametrize(("m", "n", "k", "r"), [(40, 30, 5, 4), (1300, 20, 90, 4), (20, 1300, 90, 4)])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "r"), [(40, 30, 5, 4), (1300, 20, 90, 4), (20, 1300, 90, 4)]
+)
 def test_the_spectrum_of_many_adapters_is_that_of_the_dense_mean(
     tmp_path: Path, m: int, n: int, k: int, r: int
 ) -> None:
