@@ -88,7 +88,7 @@ MUTANTS = [Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "[1] * len(counts)", "examples do not count", "server"),
     ("no-sort", "server.py", "sorted(results, key=lambda result: result.client)", "list(results)",
      "the order of replies changes bits", "server conformance"),
-    ("float32-sums", "server.py", "converted(factors, torch.float64, factors.A.device)",
+    ("float32-sums", "policy.py", "converted(factors, torch.float64, factors.A.device)",
      "converted(factors, torch.float32, factors.A.device)", "many clients lose digits", "server"),
     ("float32-head", "server.py", "term.adapter.dense[name].double().cpu()",
      "term.adapter.dense[name]",
