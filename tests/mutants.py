@@ -62,9 +62,9 @@ MUTANTS = [Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
     ("fill-in-not-orthogonal", "lowrank.py",
      "return rows - (rows @ basis) @ basis.mT", "return rows",
      "rows that are there already fill up the rank", "lowrank"),
-    ("noise-as-directions", "lowrank.py", "int(torch.count_nonzero(floor < S))", "S.numel()",
+    ("noise-as-directions", "routes.py", "int(torch.count_nonzero(floor < S))", "S.numel()",
      "duplicates and B = 0 give directions of rounding noise", "lowrank"),
-    ("cancellation-not-seen", "lowrank.py", 'if cancelled and route == "auto":', "if False:",
+    ("cancellation-not-seen", "lowrank.py", 'if not cancelled or route == "gram":', "if True:",
      "the Gram route loses all digits where terms cancel", "lowrank"),
     # ------------------------------------------------------------ rules
     ("first-clients-a", "rules/fedavg.py", "return mean_factors(clients, weights, prev.scaling)",
