@@ -91,9 +91,9 @@ def test_krylov_can_vouch_for_what_training_leaves_and_not_for_what_float32_cann
         torch.linalg.qr(normal(1, M, 60))[0] * 0.5 ** torch.arange(60, dtype=torch.float64),
         1.0,
     )
-    assert krylov_svd(steep.A, steep.B, 12) is not None  # leaves out 2e-4
-    assert krylov_svd(steep.A, steep.B, 16) is None  # 1e-5
-    for rank in (3, 12, 16, 50):
+    assert krylov_svd(steep.A, steep.B, 5) is not None  # leaves out 3e-2
+    assert krylov_svd(steep.A, steep.B, 26) is None  # 1e-8
+    for rank in (3, 5, 8, 12, 14, 16, 20, 26, 50):
         assert_best(truncate(steep, rank, route="krylov"), dense(steep), rank)
 
 
