@@ -6,7 +6,7 @@ alone. Nothing is merged there, so the optimiser is kept, and no bytes move.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 
@@ -29,7 +29,7 @@ class Step:
 
     round: int
     adapters: dict[str, Adapter]
-    results: list[ClientResult]
+    results: Sequence[ClientResult]
     merge: Mapping[str, float]
     bytes_up: int
     bytes_down: int
