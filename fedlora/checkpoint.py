@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,6 +75,14 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
     raise NoCheckpointError(f"no whole checkpoint to resume from: {told}")
 
 
+def remove_checkpoints(folder: Path) -> None:
+    """Takes the checkpoints away, after the results are saved."""
+    for path in folder.glob("round-*.ckpt"):
+        path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def encoded(checkpoint: Checkpoint) -> bytes:
     """Magic, two lengths, a SHA-256 of what follows, the JSON head, the tensors."""
     tensors: dict[str, Tensor] = {}
@@ -89,7 +96,7 @@ def encoded(checkpoint: Checkpoint) -> bytes:
         },
     }
     text = json.dumps(head, sort_keys=True, allow_nan=False).encode()
-    body = save(dict(sorted(tensors.items())))
+    body: bytes = save({name: tensors[name].clone() for name in sorted(tensors)})
     lengths = LENGTH.pack(len(text), len(body))
     digest = hashlib.sha256(lengths + text + body).digest()
     return MAGIC + lengths + digest + text + body
@@ -119,15 +126,6 @@ def decoded(data: bytes) -> Checkpoint:
     return Checkpoint(head["round"], loops, best, head["notes"])
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in the folder last through a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _put_progress(tensors: dict[str, Tensor], place: str, progress: Progress) -> dict[str, Any]:
     state = progress.state
     carried = Adapter({}, {}, state.carried)
@@ -155,7 +153,7 @@ def _take_progress(tensors: Mapping[str, Tensor], place: str, head: Any) -> Prog
 
 def _put_client(tensors: dict[str, Tensor], place: str, state: ClientState) -> dict[str, Any]:
     for name, tensor in state.optimiser.items():
-        tensors[f"{place}/optimiser/{name}"] = tensor.contiguous()
+        tensors[f"{place}/optimiser/{name}"] = tensor
     own = None if state.adapter is None else _put(tensors, f"{place}/adapter", state.adapter)
     return {"adapter": own, "optimiser": sorted(state.optimiser)}
 
@@ -171,10 +169,10 @@ def _put(tensors: dict[str, Tensor], place: str, adapter: Adapter) -> dict[str, 
     for kind, layers in (("layers", adapter.layers), ("frozen", adapter.frozen)):
         head[kind] = {name: factors.scaling for name, factors in layers.items()}
         for name, factors in layers.items():
-            tensors[f"{place}/{kind}/{name}/A"] = factors.A.contiguous()
-            tensors[f"{place}/{kind}/{name}/B"] = factors.B.contiguous()
+            tensors[f"{place}/{kind}/{name}/A"] = factors.A
+            tensors[f"{place}/{kind}/{name}/B"] = factors.B
     for name, tensor in adapter.dense.items():
-        tensors[f"{place}/dense/{name}"] = tensor.contiguous()
+        tensors[f"{place}/dense/{name}"] = tensor
     return head
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from fedlora.config import Config
+    from fedlora.resume import Resumed
 
 app = typer.Typer(
     add_completion=False,
@@ -36,9 +37,26 @@ Rolling = Annotated[int, typer.Option("--rolling", min=1, help="Rounds in the ro
 
 
 @app.command()
-def run(config: ConfigPath, set: Sets = None) -> None:
+def run(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The run's settings.")
+    ] = None,
+    set: Sets = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="RUN", help="Go on with a run that stopped, to its end."),
+    ] = None,
+) -> None:
     """Run a federation (or a reference) and leave adapter, log, model card and figure."""
-    _run(_loaded(config, set))
+    if resume is None and config is None:
+        raise ValueError("name a config to run, or a run directory with --resume")
+    given = _loaded(config, set) if config is not None else None
+    if resume is None and given is not None:
+        _run(given)
+        return
+    if set and config is None:
+        raise ValueError("--set changes a config: a run is resumed with its own")
+    _resume(resume or Path(), given)
 
 
 @app.command()
@@ -225,14 +243,24 @@ def _import_own(name: str) -> None:
         import_rule(name)
 
 
-def _run(config: Config) -> None:
+def _resume(folder: Path, given: Config | None) -> None:
+    from dataclasses import replace
+
+    from fedlora.resume import find
+
+    config, resumed = find(folder, given)
+    _import_own(config.merge.rule)
+    _run(replace(config, run=replace(config.run, out=str(folder))), resumed)
+
+
+def _run(config: Config, resumed: Resumed | None = None) -> None:
     from fedlora.display import shown
     from fedlora.run import execute, prepare, run_folder
 
     console, folder = Console(), run_folder(config)
     try:
         with shown(console) as watch:
-            execute(prepare(config), watch)
+            execute(prepare(config, resumed), watch)
     except KeyboardInterrupt:
         kept = f"; {folder} holds what was finished" if folder.is_dir() else ""
         sys.stderr.write(f"fedlora: interrupted{kept}\n")

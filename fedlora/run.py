@@ -6,6 +6,7 @@ What happens is told to `watch`, one event at a time; who draws it is somebody e
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from fedlora.adapter import Adapter, ClientResult, ClientState
 from fedlora.base import portable_name
+from fedlora.checkpoint import Checkpoint, remove_checkpoints, save_checkpoint
 from fedlora.client import evaluation_rows, make_fit
 from fedlora.config import Config
 from fedlora.data import Data, Silos, read_silos, tokenised
@@ -31,11 +33,12 @@ from fedlora.model import (
     save_merged,
     write_adapter,
 )
-from fedlora.modes import GLOBAL, Step, for_mode, steps
+from fedlora.modes import GLOBAL, Step, for_mode, loop_adapters, steps
 from fedlora.records import Record, round_record, summary_record
+from fedlora.resume import CHECKPOINTS, Resumed
 from fedlora.robust import warning
 from fedlora.rules import Plan
-from fedlora.runlog import append_record, check_new, create_run, model_card, write_json
+from fedlora.runlog import append_record, check_new, create_run, model_card, versions, write_json
 from fedlora.simulation import Fit
 
 Watch: TypeAlias = Callable[[str, Mapping[str, Any]], None]
@@ -50,6 +53,7 @@ class Job:
     data: Data
     model: Model
     start: Adapter
+    resumed: Resumed | None = None
 
     @property
     def folder(self) -> Path:
@@ -78,9 +82,13 @@ def run_folder(config: Config) -> Path:
     return Path(config.run.out) if config.run.out else Path("runs") / config.run.name
 
 
-def prepare(config: Config) -> Job:
-    """Reads, checks and loads everything; ValueError for any mistake, before any training."""
-    check_new(run_folder(config))
+def prepare(config: Config, resumed: Resumed | None = None) -> Job:
+    """Reads, checks and loads everything; ValueError for any mistake, before any training.
+
+    With `resumed` (see `resume.find`) the run goes on where it stopped.
+    """
+    if resumed is None:
+        check_new(run_folder(config))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     silos = read_silos(config)
@@ -98,7 +106,7 @@ def prepare(config: Config) -> Job:
             f"take at most {longest_input(model)}"
         )
     data = tokenised(config, silos, model.tokenizer)
-    return Job(config, silos, data, model, read_adapter(model))
+    return Job(config, silos, data, model, read_adapter(model), resumed)
 
 
 def execute(job: Job, watch: Watch = lambda event, facts: None) -> Path:
@@ -113,33 +121,63 @@ def execute(job: Job, watch: Watch = lambda event, facts: None) -> Path:
         for client, rows in job.data.rows.items()
     }
     place = {"device": str(job.model.device), "threads": torch.get_num_threads()}
-    create_run(job.folder, job.config, place)
+    if job.resumed is None:
+        create_run(job.folder, job.config, place)
+    else:
+        job.resumed.take_up(job.folder)
     facts = {"folder": job.folder, "clients": sizes, "rounds": job.config.run.rounds}
-    watch("start", {**facts, "notes": _notes(job.config, len(sizes))})
-    done = _Done([], {GLOBAL: job.start}, None)
+    watch("start", {**facts, "notes": _notes(job, len(sizes), place)})
+    done = _begun(job)
     interrupted = True
     try:
-        for record, adapters, scores in _rounds(job, watch):
+        for record, step, adapters, scores in _rounds(job, watch):
             append_record(job.folder, record)
             done = done.then(record, adapters, scores)
+            if step is not None:
+                _keep(job.folder, step, done)
             watch("round", record)
         interrupted = False
     finally:
         if done.records:
             _save(job, done, sizes, interrupted)
+    remove_checkpoints(job.folder / CHECKPOINTS)
     watch("done", {"folder": job.folder, "record": done.records[-1]})
     return job.folder
 
 
-def _notes(config: Config, clients: int) -> list[str]:
+def _begun(job: Job) -> _Done:
+    """What is there before the first round of this process."""
+    if job.resumed is None or job.resumed.checkpoint is None:
+        return _Done([], {GLOBAL: job.start}, None)
+    checkpoint, records = job.resumed.checkpoint, job.resumed.records
+    config, data = for_mode(job.config, job.data)
+    adapters = loop_adapters(config, sorted(data.rows), checkpoint.loops)
+    scores = _evaluated(job.model, data, config, checkpoint.round, adapters)[0]
+    best = (*checkpoint.notes["best"], checkpoint.best) if checkpoint.notes["best"] else None
+    return _Done(records, adapters, scores, best)
+
+
+def _keep(folder: Path, step: Step, done: _Done) -> None:
+    """The checkpoint of a round, whose line is in the log already."""
+    best = done.best[2] if done.best else {}
+    notes = {"best": list(done.best[:2]) if done.best else []}
+    save_checkpoint(folder / CHECKPOINTS, Checkpoint(step.round, step.loops, best, notes))
+
+
+def _notes(job: Job, clients: int, place: Mapping[str, Any]) -> list[str]:
     """What the user should know before the first round."""
+    config = job.config
     a_round = math.ceil(config.merge.participation * clients - 1e-9)
     federated = config.run.mode == "federated"
-    return [note for note in [warning(config.merge.robust, a_round)] if note and federated]
+    notes = [warning(config.merge.robust, a_round)] if federated else []
+    notes += job.resumed.notes(versions() | dict(place)) if job.resumed else []
+    return [note for note in notes if note]
 
 
-def _rounds(job: Job, watch: Watch) -> Iterator[tuple[Record, dict[str, Adapter], Scores | None]]:
-    """Every round's record, adapters and global scores, round 0 (nothing trained yet) first."""
+def _rounds(
+    job: Job, watch: Watch
+) -> Iterator[tuple[Record, Step | None, dict[str, Adapter], Scores | None]]:
+    """Every round's record, step, adapters and global scores, round 0 (nothing trained) first."""
     config, data = for_mode(job.config, job.data)
     fit = _watched(make_fit(job.model, data, config), watch)
 
@@ -153,11 +191,14 @@ def _rounds(job: Job, watch: Watch) -> Iterator[tuple[Record, dict[str, Adapter]
         record = round_record(
             round, shared, heldout, step, seconds_evaluate=spent, seconds_total=total
         )
-        return record, adapters, shared
+        return record, step, adapters, shared
 
-    yield scored(None, {GLOBAL: job.start}, perf_counter())
+    checkpoint = job.resumed.checkpoint if job.resumed else None
+    if checkpoint is None:
+        yield scored(None, {GLOBAL: job.start}, perf_counter())
     began = perf_counter()
-    for step in steps(config, fit, job.start, sorted(data.rows)):
+    loops = checkpoint.loops if checkpoint else None
+    for step in steps(config, fit, job.start, sorted(data.rows), loops):
         finished = scored(step, step.adapters, began)
         began = perf_counter()  # what the caller does with a round counts for the next one
         yield finished
@@ -222,9 +263,11 @@ def _save(job: Job, done: _Done, sizes: Mapping[str, Any], interrupted: bool) ->
     write_json(folder / "summary.json", summary)
     card = model_card(config, summary, portable_name(config.model.name))
     for kind, adapters in wanted.items():
+        shutil.rmtree(folder / kind, ignore_errors=True)  # of an interrupted run that was resumed
         for client, adapter in adapters.items():
             place = folder / kind / client if client else folder / kind
             save_adapter(job.model, adapter, place)
             write_text(place / "README.md", card)
     if config.run.save_merged and GLOBAL in done.adapters:
+        shutil.rmtree(folder / "merged", ignore_errors=True)
         save_merged(job.model, done.adapters[GLOBAL], folder / "merged")
