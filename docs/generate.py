@@ -17,6 +17,7 @@ from fedlora.config import settings_table
 from fedlora.rules import (
     LAWS,
     Rule,
+    defaults,
     described,
     get_rule,
     option_types,
@@ -132,11 +133,13 @@ def _rule_section(rule: Rule) -> list[str]:
         f"## {rule.name}\n",
         re.sub(r"(?m)^(Formula|Source|Keeps|Loses|Cost.*?|DP):", r"* **\1**:", rule.doc),
     ]
-    options = option_types(rule)
+    options, own = option_types(rule), defaults(rule)
     if options:
         lines += [
             "",
-            "Options: " + "; ".join(f"`{k}`, {described(v)}" for k, v in options.items()) + ".",
+            "Options: "
+            + "; ".join(f"`{k} = {own[k]!r}`, {described(v)}" for k, v in options.items())
+            + ".",
         ]
     lines += [""]
     lines += [

@@ -22,6 +22,7 @@ from fedlora.adapter import equal_ranks, rescaled
     equivariant="what is extreme depends on the coordinates",
     weighted="the weights are not looked at",
     idempotent=True,
+    steady=True,
 )
 def trimmed_mean(prev, clients, weights, *, cut: int = 1):
     """The mean of each entry of each factor without the largest and the smallest."""

@@ -166,6 +166,7 @@ def rules(
     """List the merge rules and what each promises."""
     from fedlora.rules import (
         LAWS,
+        defaults,
         described,
         get_rule,
         option_types,
@@ -181,15 +182,18 @@ def rules(
         console.print(found.doc, highlight=False, markup=False, soft_wrap=True)
         for law, meaning in LAWS.items():
             claim = found.laws[law]
-            console.print(f"{law}: {f'yes, {meaning}' if claim is True else f'no, {claim}'}")
+            kept = "yes" if claim is True else f"no: {claim}"
+            console.print(f"{law.replace('_', ' ')} ({meaning}): {kept}", soft_wrap=True)
         up, down = traffic(found)
         console.print(f"clients train {trained(found)}; up {up}, down {down}", highlight=False)
         if found.residual:
             first, *rest = found.residual
             fates = ", ".join([f"{first} (default)", *rest])
             console.print(f"residual: {fates}", highlight=False)
-        for option, kind in option_types(found).items():
-            console.print(f"option {option}: {described(kind)}", highlight=False, markup=False)
+        for option, value in defaults(found).items():
+            kind = described(option_types(found)[option])
+            text = f"option {option}: {kind}; now {value!r}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
         return
     marked = ("exact", "linear", "mixed_ranks")
     heads = ["rule", "trains", *(law.replace("_", " ") for law in marked), "up", "down"]

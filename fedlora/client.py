@@ -188,8 +188,10 @@ def _train(
         "learning_rate_last": rates[-1],
         "seconds_compute": seconds,
     }
-    kept = {} if settings.optimiser == "reset" else moments(optimiser, parameters)
-    return _Training(metrics, kept)
+    if settings.optimiser == "reset":
+        return _Training(metrics, {})
+    # a part that this round did not train keeps its moments for the round that does
+    return _Training(metrics, {**state.optimiser, **moments(optimiser, parameters)})
 
 
 def _pull(

@@ -54,7 +54,7 @@ def draw_run(run: Run, rolling: int = 1) -> Figure:
     """
     done, wanted = run.rounds[-1]["round"], run.config["run"].get("rounds", 0)
     facts = [
-        SETTING[run.mode].format(rule=run.method),
+        SETTING[run.mode].format(rule=run.rule_text),
         _count(len(run.clients), "client"),
         f"{done} of {wanted} rounds so far" if done < wanted else _count(done, "round"),
         f"seed {run.config['run'].get('seed', '?')}",
@@ -68,7 +68,7 @@ def draw_run(run: Run, rolling: int = 1) -> Figure:
     last = _style(5) | {"label": f"last round {plain(last_known(error), '.2g')}"}
     _draw_merge_error(small[1], [(x, error[None], last)], rolling)
     _legend_above(small[1])
-    _title(small[1], "Aggregation error", "lost share of the mean increment", 23)
+    _title(small[1], "Merge error", "distance to the mean increment, relative", 23)
     _draw_bytes(small[2], run, x)
     if confusion:
         _draw_confusion(small[3], np.array(confusion, np.int64), run.summary.get("labels") or [])
@@ -105,7 +105,7 @@ def draw_comparison(runs: Sequence[Run], rolling: int = 1) -> Figure:
     spread = "; band: lowest to highest seed" if len(groups) < len(runs) else ""
     _title(main, "Accuracy on the shared evaluation set", _smoothing(caption + spread, rolling))
     _title(small[0], "Evaluation loss", caption)
-    _title(small[1], "Aggregation error", "lost share of the mean increment")
+    _title(small[1], "Merge error", "distance to the mean increment, relative")
     _title(small[2], "Accuracy against traffic", "up and down; level line: nothing sent")
     _legend_beside(main, "at the end")
     for ax in [main, *small[:2]]:

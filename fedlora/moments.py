@@ -45,7 +45,8 @@ def transported(kept: Mapping[str, Tensor], before: Adapter, after: Adapter) -> 
 
     With the orthogonal Q that turns the old pairs nearest to the new ones (Procrustes), a gradient
     of B becomes G Q and one of A becomes Q^T G: first moments turn alike; second moments turn by
-    Q's squared entries, as if entries were uncorrelated. Moments of other tensors stay.
+    Q's squared entries, as if entries were uncorrelated. Moments of other tensors stay, and so do
+    those of a layer where one factor is as it was: its pairs were averaged, not turned.
     """
     turned = dict(kept)
     for name, new in after.layers.items():
@@ -53,6 +54,8 @@ def transported(kept: Mapping[str, Tensor], before: Adapter, after: Adapter) -> 
         if old.rank != new.rank:
             continue
         near = rescaled(old, new.scaling)
+        if torch.equal(near.A, new.A) or torch.equal(near.B, new.B):
+            continue
         overlap = near.B.double().mT @ new.B.double() + near.A.double() @ new.A.double().mT
         Q = rotation(overlap)
         for key, turn in (("exp_avg", Q), ("exp_avg_sq", Q.square())):

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, ClientResult, cut
+from fedlora.adapter import Adapter, ClientResult, Factors, converted, cut
 from fedlora.robust import Robust, robust_coefficients, update_gram
 from fedlora.rules import Residual, Rule, checked_weights, option_types
 
@@ -65,10 +65,22 @@ PLAIN = Policy()
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One adapter in the sum with its coefficient."""
+    """One adapter in the sum with its coefficient; `receiver` as whom it was sent."""
 
     coefficient: float
     adapter: Adapter
+    receiver: Receiver | None = None
+
+    def factors(self, name: str, scaling: float) -> Factors:
+        """One layer in float64, the change of scaling that `cut_for` made undone.
+
+        A rule that averages factors must find all clients in one gauge.
+        """
+        factors = self.adapter.layers[name]
+        precise = converted(factors, torch.float64, factors.A.device)
+        if self.receiver is None:
+            return precise
+        return cut(precise, precise.rank, scaling, keep_A=self.receiver.keep_A)
 
 
 def cut_for(adapter: Adapter, receiver: Receiver | None) -> Adapter:
@@ -108,6 +120,7 @@ def terms(
     if rule.reweigh is not None:
         weights = checked_weights(rule.reweigh(sent, results, weights), len(results))
     received = [result.adapter for result in results]
+    receivers = [policy.receivers.get(result.client) for result in results]
     used, rest = weights, torch.zeros_like(weights)
     if policy.robust != "none":
         bound, faulty = policy.robust_bound, policy.robust_faulty
@@ -119,18 +132,20 @@ def terms(
     if policy.server_lr != 1:
         rest = policy.server_lr * rest + (1 - policy.server_lr) * weights
         used = policy.server_lr * used
-    clients = [Term(float(a), adapter) for a, adapter in zip(used, received, strict=True)]
-    return clients + _remainders(sent, rest)
+    each = zip(used.tolist(), received, receivers, strict=True)
+    return [Term(*term) for term in each] + _remainders(sent, rest, receivers)
 
 
-def _remainders(sent: Sequence[Adapter], rest: Tensor) -> list[Term]:
+def _remainders(
+    sent: Sequence[Adapter], rest: Tensor, receivers: Sequence[Receiver | None]
+) -> list[Term]:
     """What was sent, once for each rank, with the remainders of its receivers."""
     groups: dict[int, Term] = {}
-    for share, adapter in zip(rest.tolist(), sent, strict=True):
+    for share, adapter, receiver in zip(rest.tolist(), sent, receivers, strict=True):
         if share:
             rank = next((factors.rank for factors in adapter.layers.values()), 0)
             before = groups[rank].coefficient if rank in groups else 0.0
-            groups[rank] = Term(before + share, adapter)
+            groups[rank] = Term(before + share, adapter, receiver)
     return [groups[rank] for rank in sorted(groups)]
 
 

@@ -74,7 +74,7 @@ def _run_cells(run: Run) -> dict[str, str]:
     parameters = number(run.summary, ("trainable_parameters",))
     return {
         "run": run.name,
-        "mode/rule": f"{run.mode}/{run.method}" if run.mode == "federated" else run.mode,
+        "mode/rule": f"{run.mode}/{run.rule_text}" if run.mode == "federated" else run.mode,
         "seed": str(setting.get("seed", "-")),
         "rounds": str(run.rounds[-1]["round"]),
         "accuracy": percent(run.final("accuracy")),

@@ -25,7 +25,7 @@ class Resumed:
     """A stopped run: its last whole checkpoint (None: it had none yet) and its log up to there."""
 
     checkpoint: Checkpoint | None
-    records: Sequence[Mapping[str, Any]]
+    records: Sequence[dict[str, Any]]
     problems: Sequence[str]
     versions: Mapping[str, Any]
 
@@ -56,13 +56,13 @@ def find(folder: Path, config: Config | None = None) -> tuple[Config, Resumed]:
     nothing whole to go on from.
     """
     own = read_config(folder)
-    if (folder / "summary.json").is_file() and not read_json(folder / "summary.json")[
-        "interrupted"
-    ]:
+    summary = folder / "summary.json"
+    if summary.is_file() and not read_json(summary)["interrupted"]:
         raise ValueError(f"{folder} has ended: there is nothing to resume")
     if config is not None:
         refuse_changes(folder, own, config)
-    checkpoint, problems = None, []
+    checkpoint: Checkpoint | None = None
+    problems: list[str] = []
     log = records(folder)
     if any((folder / CHECKPOINTS).glob("round-*.ckpt")):
         checkpoint, problems = latest_checkpoint(folder / CHECKPOINTS)

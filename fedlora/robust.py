@@ -99,7 +99,7 @@ def _multi_krum(gram: Tensor, weights: Tensor, faulty: int) -> Tensor:
     order = nearest.square().sum(dim=1).argsort(stable=True)
     chosen = torch.zeros_like(weights)
     chosen[order[: clients - bad]] = weights[order[: clients - bad]]
-    return chosen / chosen.sum()
+    return chosen / chosen.sum() if bool(chosen.any()) else chosen
 
 
 def _geometric_median(gram: Tensor, weights: Tensor) -> Tensor:

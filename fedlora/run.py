@@ -37,8 +37,9 @@ from fedlora.modes import GLOBAL, Step, for_mode, loop_adapters, steps
 from fedlora.records import Record, round_record, summary_record
 from fedlora.resume import CHECKPOINTS, Resumed
 from fedlora.robust import warning
-from fedlora.rules import Plan
+from fedlora.rules import Plan, get_rule
 from fedlora.runlog import append_record, check_new, create_run, model_card, versions, write_json
+from fedlora.server import rehearse
 from fedlora.simulation import Fit
 
 Watch: TypeAlias = Callable[[str, Mapping[str, Any]], None]
@@ -105,8 +106,11 @@ def prepare(config: Config, resumed: Resumed | None = None) -> Job:
             f"data.max_length = {config.data.max_length} is more than the model reads: "
             f"take at most {longest_input(model)}"
         )
+    start = read_adapter(model)
+    if config.run.mode == "federated":
+        rehearse(get_rule(config.merge.rule, **config.merge.options), start)
     data = tokenised(config, silos, model.tokenizer)
-    return Job(config, silos, data, model, read_adapter(model), resumed)
+    return Job(config, silos, data, model, start, resumed)
 
 
 def execute(job: Job, watch: Watch = lambda event, facts: None) -> Path:

@@ -48,6 +48,13 @@ class Run:
         return rule if self.mode == "federated" else self.mode
 
     @property
+    def rule_text(self) -> str:
+        """The merge rule with the options that were set, such as `fra (gauge = aligned)`."""
+        options = self.config["merge"].get("options") or {}
+        text = ", ".join(f"{key} = {value}" for key, value in options.items())
+        return f"{self.method} ({text})" if text else self.method
+
+    @property
     def clients(self) -> list[str]:
         """Every client that took part in any round; numbers in numerical order, then names."""
         found = {client for line in self.rounds for client in line["clients"]}

@@ -22,11 +22,17 @@ PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors")
 
 
 def create_run(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
-    """Makes the run directory with its config and versions; ValueError if it is there already."""
+    """Makes the run directory with config, versions and, where it has one, the user's rule.
+
+    ValueError if it is there already.
+    """
     check_new(folder)
     folder.mkdir(parents=True)
     write_text(folder / "config.toml", config.toml())
     write_json(folder / "versions.json", {**versions(), **facts})
+    source, _, name = config.merge.rule.rpartition(":")
+    if name and source.endswith(".py"):
+        write_text(folder / "rule.py", Path(source).read_text(encoding="utf-8"))
 
 
 def check_new(folder: Path) -> None:
@@ -134,7 +140,8 @@ def _method(config: Config) -> str:
     if config.run.mode != "federated":
         return ""
     options = "".join(f", {key} {value}" for key, value in config.merge.options.items())
-    return f", merge rule **{config.merge.rule}**{options}, head {config.merge.head}"
+    rule = config.merge.rule.rpartition(".py:")[2]  # of a rule in a file the name, not the place
+    return f", merge rule **{rule}**{options}, head {config.merge.head}"
 
 
 def _git_commit(folder: Path) -> str:

@@ -163,6 +163,16 @@ def aggregate(
     return ServerState(adapter, {**state.memory, **_figures(fate, done)}, carried)
 
 
+def rehearse(rule: Rule, start: Adapter) -> None:
+    """Merges two clients that changed nothing, one layer: ValueError for what the rule refuses.
+
+    For before a run: an option out of the rule's range shows itself before anybody trains.
+    """
+    first = Adapter(dict([*start.layers.items()][:1]))
+    results = [ClientResult(client, first, 1) for client in ("a", "b")]
+    aggregate(rule, ServerState(first), results, 1)
+
+
 @dataclass(frozen=True)
 class _Merging:
     """How the layers of one round are merged."""
@@ -190,14 +200,17 @@ def _merged_layer(
     merging: _Merging, state: ServerState, parts: Sequence[Term], name: str
 ) -> _Layer:
     """One layer of all terms merged, its residual folded or carried."""
-    factors = [_precise(term.adapter.layers[name]) for term in parts]
+    prev = _precise(state.adapter.layers[name])
+    factors = [term.factors(name, prev.scaling) for term in parts]
     weights = torch.tensor([term.coefficient for term in parts], dtype=torch.float64)
     frozen, carried = state.adapter.frozen.get(name), state.carried.get(name)
     if carried is not None:
         factors.append(_precise(carried))
         weights = torch.cat([weights, weights.new_ones(1)])
-    prev = _precise(state.adapter.layers[name])
-    answer = merging.rule.combine(prev, factors, weights, merging.round)
+    try:
+        answer = merging.rule.combine(prev, factors, weights, merging.round)
+    except ValueError as error:
+        raise ValueError(f"rule {merging.rule.name!r}, layer {name!r}: {error}") from error
     merged, residual = (
         (answer.factors, answer.residual) if isinstance(answer, Merged) else (answer, None)
     )

@@ -89,7 +89,11 @@ class Bench:
                 output = torch.func.functional_call(base, weights | layers | head, (), inputs)
                 loss = cross_entropy(output.logits, labels)
                 optimiser.zero_grad()
-                loss.backward()
+                total = loss
+                for name in flatten(self.start, parts) if settings.prox else ():
+                    apart = tensors[name] - flatten(self.start)[name]
+                    total = total + settings.prox / 2 * apart.square().sum()
+                total.backward()
                 if settings.clip:
                     norm = math.sqrt(sum(float((t.grad.double() ** 2).sum()) for t in moving))
                     for tensor in moving:

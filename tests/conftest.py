@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fedlora.rules as registry
 from fedlora.adapter import Adapter, ClientResult, Factors, Merged
 from fedlora.own_rules import import_rule
 
@@ -31,7 +32,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     for reference in config.getoption("--rule"):
-        import_rule(reference)
+        try:
+            import_rule(reference)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from error
 
 
 @pytest.fixture
@@ -41,6 +45,15 @@ def data_folder() -> Path:
     if not folder:
         pytest.skip("FEDLORA_DATA is unset: it names the folder of real text")
     return Path(folder)
+
+
+@pytest.fixture
+def no_trace() -> Iterator[None]:
+    """Takes rules out again that a test registers."""
+    names = set(registry._RULES)
+    yield
+    for name in set(registry._RULES) - names:
+        del registry._RULES[name]
 
 
 @pytest.fixture

@@ -162,6 +162,13 @@ def check_idempotent(case: Case, seed: int) -> None:
     assert_near(merged_whole(case.rule(prev, [client] * 3, weights)), dense(client), 1e-12)
 
 
+def check_steady(case: Case, seed: int) -> None:
+    """Of any rank and scaling that the rule takes: what was sent comes back, nothing grows."""
+    prev, _, weights = drawn(case, seed)
+    got = merged_whole(case.rule(prev, [prev] * 3, weights))
+    assert_near(got, dense(prev), 1e-12)
+
+
 def all_cases() -> list[Case]:
     """Every rule of the registry, every variant, rounds 1 to 4."""
     return [

@@ -8,10 +8,13 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import pytest
+from laws import CHECKS, Case
+
 from fedlora.adapter import Factors
 from fedlora.cli import app
 from fedlora.config import make_config
-from fedlora.rules import rule_names
+from fedlora.rules import LAWS, get_rule, rule_names
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,9 +65,16 @@ def test_the_readmes_python_runs_and_its_config_is_valid() -> None:
     assert make_config(flat).merge.rule == "fra"
 
 
-def test_the_page_on_own_rules_shows_the_example_that_is_there() -> None:
-    (shown,) = _blocks((ROOT / "docs" / "own_rule.md").read_text(), "python")
+@pytest.mark.usefixtures("no_trace")
+def test_the_page_on_own_rules_shows_the_example_that_is_there_and_it_keeps_its_laws() -> None:
+    shown, by_hand = _blocks((ROOT / "docs" / "own_rule.md").read_text(), "python")
     assert shown == (ROOT / "examples" / "trimmed_mean.py").read_text()
+    exec(by_hand.replace("examples/", f"{ROOT}/examples/"), {})
+    case = Case(get_rule("trimmed_mean"), 1)
+    held = [law for law in LAWS if case.rule.laws[law] is True]
+    assert held == ["idempotent", "steady"]
+    for law in held:
+        CHECKS[law](case, 0)
 
 
 def test_nothing_in_the_project_names_a_private_place() -> None:

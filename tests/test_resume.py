@@ -127,7 +127,7 @@ def test_without_a_whole_checkpoint_a_run_is_refused_and_untouched(place: Place)
     for path in (folder / "checkpoints").iterdir():
         path.write_bytes(b"rubbish")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="no whole checkpoint to resume from: .*damaged.*damaged"):
+    with pytest.raises(ValueError, match=r"no whole checkpoint to resume from: .*damaged.*damaged"):
         find(folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 

@@ -24,6 +24,7 @@ from fedlora.predictor import load_predictor
 from fedlora.rules import get_rule, rule_names, traffic
 
 pytest_plugins = ["tiny"]
+pytestmark = pytest.mark.usefixtures("no_trace")
 Tiny = Callable[[str], Path]
 MEDIAN = '''"""The coordinate-wise median of the factors.
 
@@ -38,7 +39,7 @@ from fedlora import Factors, rule
 @rule(
     exact="a median is no mean", linear="a median is not linear",
     mixed_ranks="a median needs equal ranks", equivariant="a median depends on coordinates",
-    weighted="weights are not looked at", idempotent=True,
+    weighted="weights are not looked at", idempotent=True, steady=True,
 )
 def median(prev, clients, weights):
     """The median of each factor."""
@@ -154,6 +155,16 @@ def test_a_rule_of_ones_own_comes_from_a_file_on_the_command_line(
     assert loaded.merge.rule == f"{folder / 'mine.py'}:median"
     assert get_rule(loaded.merge.rule).doc.startswith("The coordinate-wise median")
     assert (folder / "own" / "report.png").is_file()
+    assert (folder / "own" / "rule.py").read_text() == MEDIAN  # the run can be redone
+    card = (folder / "own" / "adapter" / "README.md").read_text()
+    assert "merge rule **median**" in card
+    assert str(folder) not in card
+
+
+def test_an_option_that_the_rule_refuses_is_found_before_anything_is_written(place: Place) -> None:
+    with pytest.raises(ValueError, match=r"rule 'fedrot', layer .*: strength 3\.0 is outside"):
+        place.job(merge__rule="fedrot", merge__options={"strength": 3.0})
+    assert not (place.folder / "run").exists()
 
 
 def test_a_config_that_does_not_come_from_the_command_line_runs_no_file(tmp_path: Path) -> None:

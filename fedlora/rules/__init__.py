@@ -35,6 +35,7 @@ LAWS: Mapping[str, str] = {
     "equivariant": "turning every increment (P dW Q^T) turns the result alike",
     "weighted": "a client with all the weight decides",
     "idempotent": "identical clients come back",
+    "steady": "clients that send back what they were sent change nothing",
 }
 
 
@@ -155,12 +156,14 @@ def get_rule(name: str, **options: Option) -> Rule:
     _discover()
     if name not in _RULES and ".py:" in name and name not in _FILES:
         raise ValueError(
-            f"rule {name!r} is a file: rules from files are run on the local command line only"
+            f"rule {name!r} is a file: rules from files are run on the local command line only (in "
+            "a program of your own: fedlora.own_rules.import_rule)"
         )
     name = _FILES.get(name, name)
     if name not in _RULES:
         raise ValueError(
-            f"unknown rule {name!r}{near(name, _RULES)}; known are {', '.join(rule_names())}"
+            f"unknown rule {name!r}{near(name, _RULES)}; known are {', '.join(rule_names())}, "
+            "or ./FILE.py:NAME"
         )
     found = _RULES[name]
     known = option_types(found)
@@ -170,7 +173,7 @@ def get_rule(name: str, **options: Option) -> Rule:
             raise ValueError(f"rule {name!r} has no option {key!r}{near(key, known)}; {listed}")
         if not _fits(value, known[key]):
             raise ValueError(
-                f"option {key!r} of rule {name!r} is {value!r}, expected {described(known[key])}"
+                f"option {key!r} of rule {name!r} is {value!r}, it takes {described(known[key])}"
             )
     return replace(found, options=dict(sorted(options.items())))
 
@@ -207,6 +210,12 @@ def _plans(rule: Rule) -> list[Plan]:
 
 def _in_turn(texts: Sequence[str]) -> str:
     return texts[0] if len(set(texts)) == 1 else f"{', '.join(texts)} in turn"
+
+
+def defaults(rule: Rule) -> dict[str, Option]:
+    """The options with the values they have: those bound, else the function's own."""
+    parameters = inspect.signature(rule.merge).parameters
+    return {key: rule.options.get(key, parameters[key].default) for key in option_types(rule)}
 
 
 def described(annotation: Any) -> str:

@@ -26,6 +26,7 @@ from fedlora.rules import rule
     equivariant=True,
     weighted=True,
     idempotent=True,
+    steady=True,
 )
 def fedavg(prev: Factors, clients: Sequence[Factors], weights: Float64[Tensor, " k"]) -> Factors:
     """The weighted mean of each factor."""

@@ -29,6 +29,7 @@ from fedlora.rules import rule
     equivariant=True,
     weighted=True,
     idempotent=True,
+    steady=True,
 )
 def fedex(prev: Factors, clients: Sequence[Factors], weights: Float64[Tensor, " k"]) -> Merged:
     """The mean of each factor, with the covariance of the factors as residual."""

@@ -32,6 +32,7 @@ from fedlora.rules import rule
     equivariant=True,
     weighted=True,
     idempotent=True,
+    steady=True,
 )
 def fedrot(
     prev: Factors,

@@ -34,6 +34,7 @@ CLOSE, STEPS, GROWTH = 1e-9, 200, 1.5
     equivariant="what is sparse depends on the coordinates",
     weighted="even a single client's sparse part counts beta times",
     idempotent="even a common update may have a part that counts as sparse",
+    steady=True,
 )
 def fedrpca(
     prev: Factors, clients: Sequence[Factors], weights: Float64[Tensor, " k"], *, beta: float = 2.0

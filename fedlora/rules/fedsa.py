@@ -33,6 +33,7 @@ def share_A(round: int, memory: Mapping[str, float]) -> Plan:  # noqa: N802 (A i
     equivariant=True,
     weighted=True,
     idempotent=True,
+    steady=True,
 )
 def fedsa(prev: Factors, clients: Sequence[Factors], weights: Float64[Tensor, " k"]) -> Factors:
     """The weighted mean of A; the global B stays at its start."""

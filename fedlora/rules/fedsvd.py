@@ -36,6 +36,7 @@ def train_B(round: int, memory: Mapping[str, float]) -> Plan:  # noqa: N802 (B i
     equivariant=True,
     weighted=True,
     idempotent=True,
+    steady=True,
 )
 def fedsvd(prev: Factors, clients: Sequence[Factors], weights: Float64[Tensor, " k"]) -> Factors:
     """The mean of B on the common A, refactored so that A is orthonormal."""

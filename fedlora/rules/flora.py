@@ -30,6 +30,7 @@ from fedlora.rules import rule
     equivariant=True,
     weighted=True,
     idempotent=True,
+    steady=True,
 )
 def flora(prev: Factors, clients: Sequence[Factors], weights: Float64[Tensor, " k"]) -> Merged:
     """B = 0 again, with the stack of all increments as residual."""

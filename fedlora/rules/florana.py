@@ -30,6 +30,7 @@ GAIN = 1e-12  # a sweep that gains less of the target's squared norm is rounding
     equivariant=True,
     weighted=True,
     idempotent=True,
+    steady=True,
 )
 def florana(
     prev: Factors, clients: Sequence[Factors], weights: Float64[Tensor, " k"], *, sweeps: int = 20

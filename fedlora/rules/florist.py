@@ -32,6 +32,7 @@ from fedlora.rules import rule
     equivariant=True,
     weighted="even one client's weakest directions are cut below tau",
     idempotent="even identical clients lose their weakest directions below tau",
+    steady="below tau the weakest directions of what was sent are cut too",
 )
 def florist(
     prev: Factors, clients: Sequence[Factors], weights: Float64[Tensor, " k"], *, tau: float = 0.9

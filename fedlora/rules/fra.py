@@ -30,6 +30,7 @@ from fedlora.rules import rule
     equivariant=True,
     weighted=True,
     idempotent=True,
+    steady=True,
 )
 def fra(
     prev: Factors,

@@ -23,7 +23,16 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from fedlora.adapter import Adapter, ClientResult, Factors, change, frobenius, mean_factors, padded
+from fedlora.adapter import (
+    Adapter,
+    ClientResult,
+    Factors,
+    change,
+    converted,
+    frobenius,
+    mean_factors,
+    padded,
+)
 from fedlora.rules import rule
 
 
@@ -39,8 +48,14 @@ def by_norm(
 def update_norm(sent: Adapter, got: Adapter) -> float:
     """||s (B A - B_0 A_0)||_F over all layers, against what this client was sent."""
     return math.hypot(
-        *(frobenius(change(sent.layers[name], got.layers[name])) for name in sent.layers)
+        *(_changed(factors, got.layers[name]) for name, factors in sent.layers.items())
     )
+
+
+def _changed(before: Factors, after: Factors) -> float:
+    """||after - before||_F in float64: in float32 the Gram matrices' terms cancel to noise."""
+    start, end = (converted(x, torch.float64, x.A.device) for x in (before, after))
+    return frobenius(change(start, end))
 
 
 @rule(
@@ -51,6 +66,7 @@ def update_norm(sent: Adapter, got: Adapter) -> float:
     equivariant=True,
     weighted=True,
     idempotent=True,
+    steady=True,
 )
 def hetlora(prev: Factors, clients: Sequence[Factors], weights: Float64[Tensor, " k"]) -> Factors:
     """The weighted mean of each factor after padding with zeros; unreached rows of A stay."""

@@ -29,6 +29,7 @@ from fedlora.rules import rule
     equivariant=True,
     weighted=True,
     idempotent=True,
+    steady=True,
 )
 def raflora(
     prev: Factors,

@@ -36,6 +36,7 @@ def in_turn(round: int, memory: Mapping[str, float]) -> Plan:
     equivariant=True,
     weighted=True,
     idempotent=True,
+    steady=True,
 )
 def rolora(prev: Factors, clients: Sequence[Factors], weights: Float64[Tensor, " k"]) -> Factors:
     """The weighted mean of the factor whose turn it was; the other one to the bit as before."""
