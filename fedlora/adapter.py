@@ -17,6 +17,7 @@ from torch import Tensor
 Part: TypeAlias = Literal["A", "B", "head", "frozen"]
 PARTS: frozenset[Part] = frozenset({"A", "B", "head"})  # what can be trained
 WHOLE: frozenset[Part] = PARTS | {"frozen"}
+STRIP = 64  # columns at a time, where a product is formed piece by piece
 BLOCK = 1024  # rank rows at a time, where a product of all with all would fill the memory
 
 
@@ -178,11 +179,17 @@ def inner(left: Factors, right: Factors) -> float:
 
 
 def frobenius(factors: Factors) -> float:
-    """||delta W||_F from the two r x r Gram matrices; delta W itself is never formed.
+    """||delta W||_F from two r x r Gram matrices, or strip by strip where r is large; delta W
+    itself
+    is never formed.
 
     Where terms cancel, absolute accuracy is 1e-8 of the largest term (float64).
     """
-    return math.sqrt(max(inner(factors, factors), 0.0))
+    m, n = factors.shape
+    if factors.rank * (m + n) <= m * n:
+        return math.sqrt(max(inner(factors, factors), 0.0))
+    strips = torch.split(factors.A, STRIP, dim=1)
+    return factors.scaling * math.hypot(*(float((factors.B @ strip).norm()) for strip in strips))
 
 
 def sketched_frobenius(factors: Factors, vectors: int = 64) -> float:

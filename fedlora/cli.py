@@ -158,6 +158,65 @@ def report(
 
 
 @app.command()
+def merge(
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter folders in PEFT's form.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The new folder to write.")
+    ] = None,
+    rule: Annotated[
+        str, typer.Option(help="Merge rule; `fedlora rules` lists them; ./FILE.py:NAME is yours.")
+    ] = "fra",
+    rank: Annotated[
+        str, typer.Option(help="Rank of all layers, or auto:SHARE of the energy; else as put in.")
+    ] = "",
+    weights: Annotated[str, typer.Option(help="One a folder, as 3,1,1; else all alike.")] = "",
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An option of the rule. Repeatable."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="Allow bases of other names, same layers.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, merge and print; write nothing.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also draw the singular values, PNG and SVG.")
+    ] = False,
+) -> None:
+    """Merge finished adapters from disk into one, without their base model."""
+    from fedlora.merge_card import summary
+    from fedlora.merge_command import merged
+
+    console = Console()
+    _import_own(rule)
+    try:
+        outcome = merged(
+            adapters,
+            out,
+            dry_run=dry_run,
+            rule=rule,
+            options=option or [],
+            rank=rank,
+            weights=weights,
+            dtype=dtype,
+            other_base=other_base,
+            report=report,
+            console=console,
+        )
+    except KeyboardInterrupt:
+        sys.stderr.write("fedlora: interrupted; nothing was written\n")
+        raise SystemExit(130) from None
+    for line in summary(outcome):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    where = f"written to {outcome.folder}" if outcome.folder else "nothing was written (--dry-run)"
+    console.print(where, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def rules(
     name: Annotated[
         str, typer.Argument(help="Show this rule's whole story; ./FILE.py:NAME shows your own.")

@@ -1,7 +1,5 @@
-"""The best rank-r approximation of an increment that is given as factors, without forming it.
-
-Two routes: `gram` (two R x R Gram matrices in float64, the fast one) and `qr` (QR of both stacks,
-the one that is orthonormal and exact to the last digits). Knows Factors and linear algebra only.
+"""The best rank-r approximation of an increment that is given as factors, and what is made of it:
+gauge, residual, alignment. Knows Factors and linear algebra; how the SVD is found is in `routes`.
 """
 
 from __future__ import annotations
@@ -13,14 +11,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedlora.adapter import Factors, Merged, rescaled
+from fedlora.krylov import krylov_svd
+from fedlora.routes import (
+    Triplets,
+    chosen_route,
+    dense_svd,
+    exact_route,
+    gram_svd,
+    qr_svd,
+    row_lengths,
+)
 
 Gauge: TypeAlias = Literal["balanced", "orthonormal", "aligned"]
-Route: TypeAlias = Literal["auto", "gram", "qr"]
+Route: TypeAlias = Literal["auto", "gram", "krylov", "exact", "qr", "dense"]
 
-GRAM_FLOOR = 1e-7  # singular values below this share of the largest are noise in a Gram matrix
-CANCELLED = 1e-5  # below this share of the terms' size the sum has cancelled: take the QR route
 DEAD = 1e-9  # a row whose part outside the others is shorter, relative to itself, is no new one
-EPSILON = torch.finfo(torch.float64).eps
 
 
 def truncate(
@@ -37,14 +42,16 @@ def truncate(
     then turned onto `previous` (see `align`). The result always
     has `rank` rows: where the increment has fewer directions, B's columns are zero and A's rows
     come from `previous`, made orthogonal to the new ones, so that they can train again (zero
-    without `previous`). O((m + n) R^2) for factors of rank R. Route `auto` takes `gram`, and `qr`
-    where the terms cancel or an orthonormal basis is promised. ValueError for a bad rank, gauge or
-    route.
+    without `previous`). For factors of rank R, route `auto` takes `gram`, O((m + n) R^2), while R
+    is small and `krylov`, O((m + n) R r) a step, beyond it (see `chosen_route`); krylov begins with
+    the rows of `previous`. It takes `exact` where the terms cancel, where krylov cannot vouch for
+    its result, or where an orthonormal basis is promised: `qr`, and for R near min(m, n) or above
+    it `dense`, the one route that forms the m x n matrix. ValueError for a bad rank, gauge, route.
     """
     _check(factors, rank, gauge)
     if gauge == "orthonormal" and route == "auto":
-        route = "qr"
-    U, S, Vh = _svd(factors, rank, route)
+        route = "exact"
+    U, S, Vh = _svd(factors, rank, route, None if previous is None else previous.A)
     return _finished(_gauged(U, S, Vh, factors.scaling, gauge), rank, gauge, previous)
 
 
@@ -58,11 +65,11 @@ def split(
 ) -> Merged:
     """`truncate` together with the tail of the same decomposition as residual (nothing subtracted).
 
-    Takes the QR route, so that factors + residual is the increment to 1e-15. With `energy` below 1
-    the tail ends where both together hold that share of the sum of squared singular values.
+    Takes an exact route, so that factors + residual is the increment to 1e-15. With `energy` below
+    1 the tail ends where both together hold that share of the sum of squared singular values.
     """
     _check(factors, rank, gauge)
-    U, S, Vh = _svd(factors, factors.rank, "qr")
+    U, S, Vh = _svd(factors, factors.rank, "exact")
     end = max(rank, rank_for_energy(S, energy))
     head = _gauged(U[:, :rank], S[:rank], Vh[:rank], factors.scaling, gauge)
     tail = _gauged(U[:, rank:end], S[rank:end], Vh[rank:end], factors.scaling, "balanced")
@@ -73,9 +80,9 @@ def compress(factors: Factors, rank: int | None = None, energy: float = 1.0) -> 
     """The same increment in as few pairs as it has directions, balanced; what was cut is residual.
 
     Keeps the fewest directions that hold the share `energy` of the squared singular values, at most
-    `rank` of them; by default all, exact to 1e-15 (QR route). Zero gives rank 0.
+    `rank` of them; by default all, exact to 1e-15. Zero gives rank 0.
     """
-    U, S, Vh = _svd(factors, factors.rank, "qr")
+    U, S, Vh = _svd(factors, factors.rank, "exact")
     end = rank_for_energy(S, energy)
     end = end if rank is None else min(end, rank)
     kept = _gauged(U[:, :end], S[:end], Vh[:end], factors.scaling, "balanced")
@@ -117,8 +124,8 @@ def rotation(M: Float[Tensor, "r r"]) -> Float[Tensor, "r r"]:
 
 
 def singular_values(factors: Factors) -> Float[Tensor, " p"]:
-    """The singular values of the increment in falling order, by the QR route; no zeros."""
-    return _qr_svd(_unit(factors), factors.rank)[1]
+    """The singular values of the increment in falling order, by an exact route; no zeros."""
+    return _svd(rescaled(factors, 1.0), factors.rank, "exact")[1]
 
 
 def _check(factors: Factors, rank: int, gauge: Gauge) -> None:
@@ -129,78 +136,34 @@ def _check(factors: Factors, rank: int, gauge: Gauge) -> None:
         raise ValueError(f"unknown gauge {gauge!r}; known are {', '.join(get_args(Gauge))}")
 
 
-def _svd(factors: Factors, rank: int, route: Route) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m x p), S (p), V^T (p x n) of the increment with p <= rank, signs fixed, all float64."""
-    unit = _unit(factors)
-    if not (bool(torch.isfinite(unit.A).all()) and bool(torch.isfinite(unit.B).all())):
-        raise ValueError("the factors hold NaN or Inf: a merge of them is not defined")
+def _svd(factors: Factors, rank: int, route: Route, start: Tensor | None = None) -> Triplets:
+    """U (m x p), S (p), V^T (p x n) of B A (without scaling), p <= rank, signs fixed, float64."""
     if route not in get_args(Route):
         raise ValueError(f"unknown route {route!r}; known are {', '.join(get_args(Route))}")
-    if route == "qr":
-        return _signed(*_qr_svd(unit, rank))
-    U, S, Vh, cancelled = _gram_svd(unit, rank)
-    if cancelled and route == "auto":
-        U, S, Vh = _qr_svd(unit, rank)
-    return _signed(U, S, Vh)
+    A, B = _live(factors)
+    pairs, (m, n) = len(A), factors.shape
+    if pairs == 0:
+        return B.double(), B.new_zeros(0, dtype=torch.float64), A.double()
+    taken = chosen_route(pairs, m, n, rank) if route == "auto" else route
+    if taken == "gram":
+        U, S, Vh, cancelled = gram_svd(A, B, rank)
+        if not cancelled or route == "gram":
+            return _signed(U, S, Vh)
+    if taken == "krylov" and (found := krylov_svd(A, B, rank, start)) is not None:
+        return _signed(*found)
+    if taken not in ("qr", "dense"):
+        taken = exact_route(pairs, m, n)
+    return _signed(*(qr_svd if taken == "qr" else dense_svd)(A, B, rank))
 
 
-def _unit(factors: Factors) -> Factors:
-    """The same increment in float64 with scaling 1."""
-    A, B = factors.A.detach().double(), factors.B.detach().double()
-    return rescaled(Factors(A, B, factors.scaling), 1.0)
-
-
-def _gram_svd(unit: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """The SVD of B A from G_B = B^T B and G_A = A A^T; also says whether the terms cancelled.
-
-    With G_B = L L^T and L^T G_A L = Q S^2 Q^T: V^T = (L Q / S)^T A and U = B G_A (L Q / S) / S,
-    once the rank rows are balanced (|b_i| = |a_i|) so that scales of 1e-18 to 1e15 do no harm.
-    """
-    length_b, length_a = unit.B.norm(dim=0), unit.A.norm(dim=1)
-    kept = (length_b > 0) & (length_a > 0)
-    if not bool(kept.any()):
-        return (*_nothing(unit), False)
-    A, B = unit.A[kept], unit.B[:, kept]
-    d = (length_a[kept] / length_b[kept]).sqrt()
-    gram_b = _gram(B.mT) * d * d[:, None]
-    gram_a = _gram(A) / d / d[:, None]
-    L, failed = torch.linalg.cholesky_ex(gram_b)
-    if bool(failed):
-        values, vectors = torch.linalg.eigh(gram_b)
-        L = vectors * values.clamp(min=0).sqrt()
-    squares, Q = torch.linalg.eigh(L.mT @ gram_a @ L)
-    S = squares.flip(0).clamp(min=0).sqrt()
-    size = float((length_a * length_b).sum())
-    floor = max(GRAM_FLOOR * float(S[0]), EPSILON * size)
-    count = min(rank, int(torch.count_nonzero(floor < S)))
-    S, P = S[:count], (L @ Q.flip(1)[:, :count]) / S[:count]
-    U = B @ ((gram_a @ P) / S * d[:, None])
-    Vh = (P / d[:, None]).mT @ A
-    lost = count == 0 or float(S[0]) < CANCELLED * size or float(S[-1]) < GRAM_FLOOR * size
-    return U, S, Vh, lost
-
-
-def _qr_svd(unit: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of B A by QR of both factors and a small SVD: relative error 1e-15, no squares."""
-    Q_b, R_b = torch.linalg.qr(unit.B)
-    Q_a, R_a = torch.linalg.qr(unit.A.mT)
-    U, S, Vh = torch.linalg.svd(R_b @ R_a.mT, full_matrices=False)
-    size = float((unit.B.norm(dim=0) * unit.A.norm(dim=1)).sum())
-    count = min(rank, int(torch.count_nonzero(EPSILON * size < S)))
-    return Q_b @ U[:, :count], S[:count], Vh[:count] @ Q_a.mT
-
-
-def _gram(rows: Tensor) -> Tensor:
-    """rows @ rows^T; on the CPU by NumPy, whose symmetric product is 1.6x as fast."""
-    if rows.device.type == "cpu":
-        array = rows.numpy()
-        return torch.from_numpy(array @ array.T)
-    return rows @ rows.mT
-
-
-def _nothing(unit: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of a zero increment: no directions at all."""
-    return unit.B[:, :0], unit.B.new_zeros(0), unit.A[:0]
+def _live(factors: Factors) -> tuple[Tensor, Tensor]:
+    """A and B without the pairs that carry nothing; ValueError where something is not finite."""
+    A, B = factors.A.detach(), factors.B.detach()
+    lengths = torch.stack([row_lengths(A), row_lengths(B.mT)])
+    if not bool(torch.isfinite(lengths).all()):
+        raise ValueError("the factors hold NaN or Inf: a merge of them is not defined")
+    kept = (lengths > 0).all(dim=0)
+    return (A, B) if bool(kept.all()) else (A[kept], B[:, kept])
 
 
 def _signed(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,10 +176,10 @@ def _signed(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gauged(U: Tensor, S: Tensor, Vh: Tensor, scaling: float, gauge: Gauge) -> Factors:
-    """U S V^T written as scaling * B @ A in the wanted gauge."""
+    """U S V^T as B A in the wanted gauge; `scaling` multiplies both alike."""
     if gauge == "orthonormal":
-        return rescaled(Factors(Vh, U * S, 1.0), scaling)
-    root = (S / scaling).sqrt()
+        return Factors(Vh, U * S, scaling)
+    root = S.sqrt()
     return Factors(root[:, None] * Vh, U * root, scaling)
 
 

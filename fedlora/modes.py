@@ -16,6 +16,7 @@ from fedlora.adapter import Adapter, ClientResult, lora_scaling
 from fedlora.config import Config
 from fedlora.data import Data
 from fedlora.policy import Head, Policy, Receiver
+from fedlora.rounds import Failure
 from fedlora.rules import Rule, get_rule
 from fedlora.server import plan_round
 from fedlora.simulation import Fit, Progress, Round, personal_adapters, simulate
@@ -40,6 +41,7 @@ class Step:
     bytes_down: int
     seconds_aggregate: float
     loops: Mapping[str, Progress]
+    failures: Sequence[Failure] = ()
 
 
 def for_mode(config: Config, data: Data) -> tuple[Config, Data]:
@@ -113,6 +115,8 @@ def merge_policy(config: Config, clients: list[str]) -> Policy:
         robust=merge.robust,
         robust_bound=merge.robust_bound,
         robust_faulty=merge.robust_faulty,
+        min_clients=config.run.min_clients,
+        max_failed_rounds=config.run.max_failed_rounds,
         receivers=_receivers(config, clients),
     )
 
@@ -174,4 +178,5 @@ def _merged(config: Config, clients: list[str], round: Round) -> Step:
         round.bytes_down,
         round.seconds_aggregate,
         {GLOBAL: round.progress},
+        round.failures,
     )

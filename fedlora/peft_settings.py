@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     _check_patterns("alpha_pattern", settings.get("alpha_pattern") or {}, _check_alpha)
     targets = settings.get("target_modules")
     if isinstance(targets, str):
-        _check_regex("target_modules", targets)
+        _check_regex("target_modules", targets, re.compile)
     elif targets is not None and not _names(targets):
         raise ValueError(f"target_modules = {_short(targets)} is no list of names")
 
@@ -170,22 +171,22 @@ def _alpha(scaling: float, rank: int, rslora: bool) -> int | float:
     """The alpha that PEFT turns into this scaling; a whole number where one does."""
     divisor = _divisor(rank, rslora)
     product = scaling * divisor
-    tries = [round(product), product, math.nextafter(product, 0), math.nextafter(product, math.inf)]
-    exact = [alpha for alpha in tries if alpha / divisor == scaling]
-    return exact[0] if exact else product
+    whole = round(product)
+    return whole if whole / divisor == scaling else product
 
 
 def _divisor(rank: int, rslora: bool) -> float:
     return math.sqrt(rank) if rslora else float(rank)
 
 
-def _wrapped(pattern: str) -> str:
-    return rf"(.*\.)?({pattern})$"  # PEFT's: the whole name, or its end behind a dot
+@lru_cache(maxsize=10_000)  # one entry a layer is common, more than `re` itself remembers
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")  # PEFT's: the whole name, or its end behind a dot
 
 
 def _matched(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
-        if re.match(_wrapped(pattern), layer):
+        if _compiled(pattern).match(layer):
             return value
     return default
 
@@ -210,12 +211,12 @@ def _check_patterns(key: str, patterns: Any, check: Callable[[str, Any], None]) 
         raise ValueError(f"{key} = {_short(patterns)} is no table of layers")
     for pattern, value in patterns.items():
         check(f"{key}[{pattern!r}]", value)
-        _check_regex(key, _wrapped(pattern))
+        _check_regex(key, pattern, _compiled)
 
 
-def _check_regex(key: str, pattern: str) -> None:
+def _check_regex(key: str, pattern: str, compiler: Callable[[str], object]) -> None:
     try:
-        re.compile(pattern)
+        compiler(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{key}: {pattern!r} is no regular expression: {error}") from error
 

@@ -61,6 +61,7 @@ class Policy:
 
 
 PLAIN = Policy()
+ROUNDING = 1e-12  # a coefficient below it is what is left of a difference that should be zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +114,8 @@ def terms(
 ) -> list[Term]:
     """The clients' adapters with their coefficients, and what they were sent with the remainder.
 
-    Weights that sum to less than one (clipping, a server learning rate below 1) leave the rest of
-    each client's weight on what it was sent, so that the sum is one again.
+    With robust coefficients a_k and a server learning rate the merge is of sum w_k sent_k + lr sum
+    a_k (got_k - sent_k): what client k was sent stays with w_k - lr a_k, and all sum to one.
     """
     weights = base_weights(results, policy.weighting)
     if rule.reweigh is not None:
@@ -126,9 +127,7 @@ def terms(
         bound, faulty = policy.robust_bound, policy.robust_faulty
         gram = update_gram(sent, received)
         used = robust_coefficients(policy.robust, gram, weights, bound=bound, faulty=faulty)
-        remainder = float(1 - used.sum())
-        if remainder > 1e-12:
-            rest = weights - used if bool((used <= weights).all()) else weights * remainder
+        rest = weights - used
     if policy.server_lr != 1:
         rest = policy.server_lr * rest + (1 - policy.server_lr) * weights
         used = policy.server_lr * used
@@ -146,7 +145,7 @@ def _remainders(
             rank = next((factors.rank for factors in adapter.layers.values()), 0)
             before = groups[rank].coefficient if rank in groups else 0.0
             groups[rank] = Term(before + share, adapter, receiver)
-    return [groups[rank] for rank in sorted(groups)]
+    return [groups[rank] for rank in sorted(groups) if abs(groups[rank].coefficient) > ROUNDING]
 
 
 def residual_policy(rule: Rule, wanted: Residual | None) -> Residual:

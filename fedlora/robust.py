@@ -47,7 +47,7 @@ def robust_coefficients(
     if method == "geometric_median":
         return _geometric_median(gram, weights)
     norms = gram.diagonal().clamp(min=0).sqrt()
-    limit = bound or float(norms.median())
+    limit = bound or float(norms.quantile(0.5))
     if method == "norm_clipping":
         return weights * _shrink(norms, limit)
     if method == "centred_clipping":

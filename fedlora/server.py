@@ -41,7 +41,7 @@ from fedlora.policy import (
 from fedlora.rules import Plan, Residual, Rule
 from fedlora.seeding import numpy_generator
 
-EXACT = 1024  # rank rows up to which figures are exact
+EXACT = 8e9  # multiplications up to which the norm of a layer is exact
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +138,9 @@ def aggregate(
     `merge_error`, what the model lacks of the merge's target (the weighted mean of the increments,
     with the weights that the rule used, and what was carried); `fold_tail`, the part of it that
     `fold_rank` cut; `carried`, what the next round still owes; and `frozen_rank`, the largest rank
-    of the folded increments. float32 at rest puts the floor of the errors near 1e-7; layers with
-    over 1,024 rank rows in all (K r) are measured by a sketch, within a few percent.
+    of the folded increments. float32 at rest puts the floor of the errors near 1e-7; where a norm
+    would cost more than the merge (1,600 rank rows of a 4096 x 4096 layer) it is sketched, within a
+    few percent.
     """
     if not results:
         raise ValueError(f"round {round} has no results to merge: keep the last adapter instead")
@@ -253,7 +254,9 @@ def _figures(fate: Residual, layers: Mapping[str, _Layer]) -> dict[str, float]:
 
 def _size(factors: Factors) -> float:
     """||delta W||_F, sketched where the exact one would cost more than the merge."""
-    return frobenius(factors) if factors.rank <= EXACT else sketched_frobenius(factors)
+    m, n = factors.shape
+    cost = factors.rank * min(factors.rank * (m + n), m * n)
+    return frobenius(factors) if cost <= EXACT else sketched_frobenius(factors)
 
 
 def _at_rest(factors: Factors | None) -> Factors | None:

@@ -318,3 +318,12 @@ def test_large_products_are_summed_in_blocks_to_the_same_value() -> None:
     left, right = random_factors(0, 12, 9, 2500), random_factors(1, 12, 9, 1100)
     want = float((dense(left) * dense(right)).sum())
     assert inner(left, right) == pytest.approx(want, rel=1e-10)
+
+
+@pytest.mark.parametrize("r", [1, 3, 40, 300])
+@pytest.mark.parametrize("shape", [(12, 9), (200, 7), (7, 200)])
+def test_the_norm_of_few_and_of_many_pairs_is_that_of_the_matrix(
+    shape: tuple[int, int], r: int
+) -> None:
+    factors = random_factors(r, *shape, r, scaling=0.5)
+    assert frobenius(factors) == pytest.approx(float(dense(factors).norm()), rel=1e-12)

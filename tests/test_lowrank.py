@@ -23,7 +23,7 @@ from torch.testing import assert_close
 from fedlora.adapter import Factors, frobenius, mean_factors, mix
 from fedlora.lowrank import Gauge, Route, singular_values, split, truncate
 
-ROUTES: tuple[Route, ...] = ("auto", "gram", "qr")
+ROUTES: tuple[Route, ...] = ("auto", "gram", "krylov", "exact", "qr", "dense")
 GAUGES: tuple[Gauge, ...] = ("balanced", "orthonormal")
 both_routes = pytest.mark.parametrize("route", ["gram", "qr"])
 every_route = pytest.mark.parametrize("route", ROUTES)
@@ -59,7 +59,8 @@ def test_truncate_is_the_best_approximation_of_its_rank(
         want = nearest_of_rank(dense(factors), min(rank, R))
         assert (result.rank, result.shape, result.scaling) == (rank, (m, n), 3.0)
         assert result.A.dtype == result.B.dtype == torch.float64
-        assert_near(dense(result), want, 1e-7)  # gram leaves out what is below 1e-7 of the largest
+        # gram leaves out what is below 1e-7 of the largest, krylov turns near ties by 1e-6
+        assert_near(dense(result), want, 2e-6 if route == "krylov" else 1e-7)
         missed = float((dense(factors) - dense(result)).norm())
         best = float((dense(factors) - want).norm())
         assert missed <= best * (1 + 1e-12) + 1e-7 * float(want.norm())

@@ -10,7 +10,16 @@ from dataclasses import replace
 import pytest
 import torch
 from clients import NAMES, SCALINGS, SHAPE, around, missed, moved, restless, turned, written
-from conftest import assert_near, dense, dense_mean, normal, orthogonal, random_factors, same_bits
+from conftest import (
+    assert_near,
+    dense,
+    dense_mean,
+    merged_factors,
+    normal,
+    orthogonal,
+    random_factors,
+    same_bits,
+)
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -169,6 +178,9 @@ def test_fedrot_meets_reflections_without_nan_or_jumps(signs: tuple[float, ...])
         pairs = ([prev, client], [prev, near])
         left, right = (dense(get_rule("fedrot")(prev, pair, [0.5, 0.5])) for pair in pairs)
         assert_near(left, right, 1e-6)
+        rules = (get_rule("fedrot", strength=0.5 + step) for step in (-1e-9, 1e-9))
+        left, right = (dense(rule(prev, pairs[0], [0.5, 0.5])) for rule in rules)
+        assert_near(left, right, 1e-6)
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.5])
@@ -202,6 +214,16 @@ def test_rolora_leaves_the_factor_whose_turn_it_is_not_unchanged_to_the_bit() ->
         mean = dense_mean([r.adapter.layers["x"] for r in round.results], [1 / 6, 2 / 6, 3 / 6])
         assert_near(dense(after), mean, 1e-6)  # exact, to float32
         before = after
+
+
+def test_rolora_moves_what_nobody_trained_not_even_by_float64_rounding() -> None:
+    prev = random_factors(0, *SHAPE, 3, 2.0)
+    clients, w = around(1, count=4)
+    by_B = [replace(client, A=prev.A) for client in clients]
+    by_A = [replace(client, B=prev.B * (2.0 / client.scaling)) for client in clients]
+    assert torch.equal(merged_factors(get_rule("rolora")(prev, by_B, w, 1)).A, prev.A)
+    assert torch.equal(merged_factors(get_rule("rolora")(prev, by_A, w, 2)).B, prev.B)
+    assert not torch.equal(sum(x * prev.A for x in w), prev.A), "the mean would do here"
 
 
 @pytest.mark.parametrize("participation", [1.0, 0.6])
