@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -96,7 +97,12 @@ def encoded(checkpoint: Checkpoint) -> bytes:
         },
     }
     text = json.dumps(head, sort_keys=True, allow_nan=False).encode()
-    body: bytes = save({name: tensors[name].clone() for name in sorted(tensors)})
+    body: bytes = save(
+        {
+            name: tensors[name].clone(memory_format=torch.contiguous_format)
+            for name in sorted(tensors)
+        }
+    )
     lengths = LENGTH.pack(len(text), len(body))
     digest = hashlib.sha256(lengths + text + body).digest()
     return MAGIC + lengths + digest + text + body
