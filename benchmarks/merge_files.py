@@ -25,7 +25,8 @@ SHAPES = {"q_proj": (2048, 2048), "v_proj": (512, 2048), "o_proj": (2048, 2048)}
 BLOCKS = 16
 SETTINGS = {"peft_type": "LORA", "target_modules": list(SHAPES), "r": 16, "lora_alpha": 32}
 CHILD = """
-import resource, sys, time
+import sys, time
+from pathlib import Path
 start = time.perf_counter()
 from fedlora.cli import main
 sys.argv[1:1] = ["merge"]
@@ -33,7 +34,7 @@ try:
     main()
 except SystemExit as end:
     assert not end.code, end.code
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
 print("measured", time.perf_counter() - start, peak)
 """
 

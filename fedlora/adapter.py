@@ -240,12 +240,12 @@ def increment(factors: Factors) -> Float[Tensor, "m n"]:
 
 
 def converted(factors: Factors, dtype: torch.dtype, device: torch.device | str) -> Factors:
-    """The same factors in another dtype or on another device (tensors shared where equal)."""
-    return Factors(
-        factors.A.to(device=device, dtype=dtype),
-        factors.B.to(device=device, dtype=dtype),
-        factors.scaling,
-    )
+    """The same factors in another dtype or on another device (tensors shared where equal).
+
+    Rows lie one after another: sums must not depend on how a message or a file was laid out.
+    """
+    A, B = (part.to(device=device, dtype=dtype).contiguous() for part in (factors.A, factors.B))
+    return Factors(A, B, factors.scaling)
 
 
 # ---------------------------------------------------------------- an adapter as named tensors

@@ -9,6 +9,7 @@ import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -108,8 +109,11 @@ def summary_record(
 
 def peak_memory() -> int:
     """The largest memory of the process so far, with the GPU's where there is one, in bytes."""
+    status = Path("/proc/self/status")  # getrusage begins at the size of the parent process
+    lines = status.read_text().splitlines() if status.is_file() else []
+    own = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
     unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = (own or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss])[0] * unit
     return peak + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
 

@@ -268,7 +268,7 @@ def _averaged(parts: Sequence[Term], name: str) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for term in parts:
         total = total + term.coefficient * term.adapter.dense[name].double().cpu()
-    return total.float()
+    return total.float().contiguous()
 
 
 def _precise(factors: Factors) -> Factors:

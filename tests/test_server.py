@@ -22,7 +22,15 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import fedlora.rules as registry
-from fedlora.adapter import PARTS, Adapter, ClientResult, Factors, flatten, mean_factors
+from fedlora.adapter import (
+    PARTS,
+    Adapter,
+    ClientResult,
+    Factors,
+    flatten,
+    mean_factors,
+    overlay,
+)
 from fedlora.policy import Policy, base_weights
 from fedlora.rules import Plan, Rule, get_rule, rule_names
 from fedlora.server import (
@@ -345,3 +353,21 @@ def test_two_results_of_one_client_are_refused() -> None:
     results = random_results(0)
     with pytest.raises(ValueError, match="round 2 holds two results of one client: c0, c0, c1"):
         aggregate(get_rule("fra"), STATE, [results[0], *results], 2)
+
+
+@pytest.mark.parametrize("name", rule_names())
+def test_how_numbers_lie_in_memory_does_not_change_a_bit(name: str) -> None:
+    """What a message or a file lays out in rows, a client may hold in columns."""
+
+    def sideways(adapter: Adapter) -> Adapter:
+        turned = {key: t.mT.contiguous().mT if t.ndim == 2 else t
+                  for key, t in flatten(adapter).items()}  # fmt: skip
+        return overlay(turned, adapter)
+
+    results = random_results(0)
+    want = aggregate(get_rule(name), STATE, results, 1).adapter
+    turned = [replace(result, adapter=sideways(result.adapter)) for result in results]
+    state = replace(STATE, adapter=sideways(STATE.adapter))
+    got = aggregate(get_rule(name), state, turned, 1).adapter
+    assert same_adapters(got, want)
+    assert all(tensor.is_contiguous() for tensor in flatten(got).values())

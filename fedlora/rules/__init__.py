@@ -173,7 +173,7 @@ def get_rule(name: str, **options: Option) -> Rule:
             raise ValueError(f"rule {name!r} has no option {key!r}{near(key, known)}; {listed}")
         if not _fits(value, known[key]):
             raise ValueError(
-                f"option {key!r} of rule {name!r} is {value!r}, it takes {described(known[key])}"
+                f"option {key!r} of rule {name!r} is {value!r}, expected {described(known[key])}"
             )
     return replace(found, options=dict(sorted(options.items())))
 
