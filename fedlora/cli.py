@@ -318,7 +318,8 @@ def _resume(folder: Path, given: Config | None) -> None:
 
 def _run(config: Config, resumed: Resumed | None = None) -> None:
     from fedlora.display import shown
-    from fedlora.run import execute, prepare, run_folder
+    from fedlora.recording import run_folder
+    from fedlora.run import execute, prepare
 
     console, folder = Console(), run_folder(config)
     try:

@@ -1,6 +1,6 @@
 """What a person sees while a run goes on: a live table on a terminal, else a line a round.
 
-Listens to the events of `fedlora.run`; computes nothing that is not printed.
+Listens to the events of `fedlora.recording`; computes nothing that is not printed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedlora.run import Watch
+from fedlora.recording import Watch
 
 ROWS = 12  # rounds that stay visible
 COLUMNS = 6  # clients that get a column of their own
