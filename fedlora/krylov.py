@@ -20,7 +20,9 @@ STEPS = 40  # blocks after which a search that has not settled gives up
 PROBES = 8  # random columns that tell how much lies outside the space found
 SETTLED = 1e-6  # of what is left out: the search ends where gains, shrinking as they do, add less
 FLAT = 1e-13  # of the energy found: no step can be judged finer than this
-TRUST = 1e-4  # float32 finds the best space where what it leaves out is above this share
+SPARE = 8  # rows beyond the wanted ones, by which float64 undoes what float32 mixed up
+TRUST = 1e-3  # float32 finds the best space where what it leaves out is above this share
+UNSEEN = 1e-6  # below this share it sees nothing but its own rounding
 WHOLE = 1e-12  # below this share (float64) a space holds everything
 DEPENDENT = 1e-6  # a row of a block that keeps less than this of its length is rounding noise
 SAFE = 2.0**30  # lengths within 1 / SAFE .. SAFE cannot overflow in float32
@@ -56,7 +58,7 @@ def krylov_svd(
         rows, outside = _space(operator, rank, start)
     terms = lengths[0] * lengths[1]
     if outside > TRUST * operator.size:
-        return _projected(A, B, rows[:rank], terms)
+        return _projected(A, B, rows[: rank + SPARE], rank, terms)
     return _whole(A, B, rows, rank, terms)
 
 
@@ -97,7 +99,7 @@ def _space(operator: Operator, rank: int, start: Tensor | None) -> tuple[Tensor,
     mapped: list[Tensor] = []
     gram = torch.zeros(0, 0, dtype=torch.float64, device=block.device)
     vectors, left, energy, gained, settled = gram, 0.0, 0.0, math.inf, False
-    while not settled and len(basis) < STEPS:
+    while len(basis) < STEPS:
         block = _orthonormal(block, basis)[: m - len(gram)]
         if not len(block):  # the increment has no further directions
             settled = len(gram) > width
@@ -115,9 +117,10 @@ def _space(operator: Operator, rank: int, start: Tensor | None) -> tuple[Tensor,
         settled = (
             max(to_come, gained / 10) <= SETTLED * left or gained <= FLAT * found or len(gram) == m
         )
-        if math.sqrt(left) <= TRUST * operator.size:
+        if settled or math.sqrt(left) <= UNSEEN * operator.size:
             break
-        block = _forward(operator, _orthonormal(image, []))
+        spare = _drawn(width - len(image), n, len(basis)).to(image)
+        block = _forward(operator, torch.cat([_orthonormal(image, []), spare]))
     parts = torch.split(vectors.flip(1)[:, :width], [len(one) for one in basis])
     rows = torch.zeros(min(width, len(gram)), m, dtype=torch.float64, device=gram.device)
     for part, one in zip(parts, basis, strict=True):
@@ -131,8 +134,7 @@ def _start(width: int, A: Tensor, rows: Tensor | None) -> Tensor:
     At least four rows are drawn, so that a start at right angles to what is wanted still finds it.
     """
     n = A.shape[1]
-    drawn = torch.randn(width + PROBES, n, generator=torch.Generator().manual_seed(n))
-    drawn = drawn.to(A)
+    drawn = _drawn(width + PROBES, n).to(A)
     if rows is None:
         return drawn
     rows = rows.detach().to(device=A.device, dtype=torch.float64)
@@ -140,6 +142,12 @@ def _start(width: int, A: Tensor, rows: Tensor | None) -> Tensor:
     usable = (length > 0) & length.isfinite()
     given = (rows[usable] / length[usable, None])[: max(width - 4, 0)].to(A)
     return torch.cat([given * math.sqrt(n), drawn[len(given) :]])
+
+
+def _drawn(count: int, n: int, step: int = 0) -> Tensor:
+    """The same normal rows on every device and in every run; no global stream is touched."""
+    generator = torch.Generator().manual_seed(n + count + (step << 20))
+    return torch.randn(count, n, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _orthonormal(rows: Tensor, basis: list[Tensor]) -> Tensor:
@@ -182,29 +190,34 @@ def _backward(operator: Operator, rows: Tensor) -> Tensor:
     return ((rows @ operator.B) * operator.c) @ operator.A
 
 
-def _projected(A: Tensor, B: Tensor, rows: Tensor, terms: Tensor) -> Triplets:
+def _projected(A: Tensor, B: Tensor, rows: Tensor, rank: int, terms: Tensor) -> Triplets:
     """The SVD of U U^T B A in float64 for the orthonormal rows U^T."""
     Q, R = torch.linalg.qr(_product(B.mT, A, rows).mT)
     left, S, right = torch.linalg.svd(R, full_matrices=False)
-    count = live_count(S, len(S), float(terms.sum()))
+    count = live_count(S, rank, float(terms.sum()))
     return rows.mT @ right.mT[:, :count], S[:count], (Q @ left[:, :count]).mT
 
 
 def _whole(A: Tensor, B: Tensor, rows: Tensor, rank: int, terms: Tensor) -> Triplets | None:
-    """The SVD of B A where it has no more directions than there are rows; None where it has.
+    """The SVD of B A by one more product with W^T and W in float64; None where it may be wrong.
 
-    One more product with W^T and W in float64 makes the space exact; fresh probes look beyond it.
+    It is right where fresh probes find nothing beyond the space, or where the last product won no
+    more than a SETTLED share of what is left out.
     """
     if not len(rows):
         return None
-    V = torch.linalg.qr(_product(B.mT, A, rows).mT)[0].mT
-    drawn = torch.randn(PROBES, len(V[0]), generator=torch.Generator().manual_seed(1)).to(V)
+    Z, R = torch.linalg.qr(_product(B.mT, A, rows).mT)
+    V, before = Z.mT, torch.linalg.svdvals(R)[:rank]
+    drawn = _drawn(PROBES, V.shape[1]).to(V)
     both = torch.cat([V, drawn - (drawn @ V.mT) @ V])
     images = _product(A, B.mT, both)
     missed = float(images[len(V) :].square().sum().div(PROBES).sqrt())
     left, S, right = torch.linalg.svd(images[: len(V)].mT, full_matrices=False)
     size = float(terms.norm())
-    if missed > WHOLE * size or float(S[0]) < TRUST * size:
+    gained = float((S[:rank] - before) @ (S[:rank] + before))
+    noise = 4 * len(S) * torch.finfo(S.dtype).eps * float(S[0]) ** 2
+    settled = gained + noise <= SETTLED * (float(S[rank:].square().sum()) + missed**2)
+    if float(S[0]) < TRUST * size or not (settled or missed <= WHOLE * size):
         return None
     count = live_count(S, rank, float(terms.sum()))
     return left[:, :count], S[:count], right[:count] @ V

@@ -13,6 +13,7 @@ import torch
 from conftest import assert_near, dense, dense_mean, normal, random_factors, same_bits
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedlora.adapter import Factors, mix
@@ -90,9 +91,9 @@ def test_krylov_can_vouch_for_what_training_leaves_and_not_for_what_float32_cann
         torch.linalg.qr(normal(1, M, 60))[0] * 0.5 ** torch.arange(60, dtype=torch.float64),
         1.0,
     )
-    assert krylov_svd(steep.A, steep.B, 12) is not None  # leaves out 2e-4
-    assert krylov_svd(steep.A, steep.B, 16) is None  # 1e-5
-    for rank in (3, 12, 16, 50):
+    assert krylov_svd(steep.A, steep.B, 5) is not None  # leaves out 3e-2
+    assert krylov_svd(steep.A, steep.B, 26) is None  # 1e-8
+    for rank in (3, 5, 8, 12, 14, 16, 20, 26, 50):
         assert_best(truncate(steep, rank, route="krylov"), dense(steep), rank)
 
 
@@ -225,6 +226,20 @@ def test_a_start_of_unusable_rows_is_no_start() -> None:
 # ---------------------------------------------------------------- precision
 
 
+class Precisions(TorchDispatchMode):
+    """What was set while float32 products ran: small ones look alike on some processors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default and args[0].dtype == torch.float32:
+            backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+            self.seen |= {backend.fp32_precision for backend in backends}
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("chosen", ["highest", "high", "medium"])
 def test_krylov_uses_all_digits_of_float32_and_restores_the_setting(chosen: str) -> None:
     """`medium` made garbage of float32 products elsewhere in the process."""
@@ -234,7 +249,9 @@ def test_krylov_uses_all_digits_of_float32_and_restores_the_setting(chosen: str)
     torch.set_float32_matmul_precision(chosen)
     try:
         before = [backend.fp32_precision for backend in backends]
-        got = truncate(factors, 5, route="krylov")
+        with Precisions() as used:
+            got = truncate(factors, 5, route="krylov")
+        assert used.seen == {"ieee"}
         assert torch.get_float32_matmul_precision() == chosen
         assert [backend.fp32_precision for backend in backends] == before
     finally:
