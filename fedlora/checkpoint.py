@@ -96,16 +96,19 @@ def encoded(checkpoint: Checkpoint) -> bytes:
             for name, progress in checkpoint.loops.items()
         },
     }
-    text = json.dumps(head, sort_keys=True, allow_nan=False).encode()
-    body: bytes = save(
-        {
-            name: tensors[name].clone(memory_format=torch.contiguous_format)
-            for name in sorted(tensors)
-        }
-    )
-    lengths = LENGTH.pack(len(text), len(body))
-    digest = hashlib.sha256(lengths + text + body).digest()
-    return MAGIC + lengths + digest + text + body
+    return _packed(head, tensors)
+
+
+def encode_state(owner: str, state: ClientState) -> bytes:
+    """What a client keeps for itself, hashed; `owner` names the run it belongs to."""
+    tensors: dict[str, Tensor] = {}
+    return _packed({"owner": owner, "state": _put_client(tensors, "own", state)}, tensors)
+
+
+def decode_state(data: bytes) -> tuple[str, ClientState]:
+    """The inverse of `encode_state`: the run and the state; ValueError for damage."""
+    head, tensors = _unpacked(data)
+    return head["owner"], _take_client(tensors, "own", head["state"])
 
 
 def decoded(data: bytes) -> Checkpoint:
@@ -113,6 +116,22 @@ def decoded(data: bytes) -> Checkpoint:
 
     ValueError for anything that is not, to the bit, what was written.
     """
+    head, tensors = _unpacked(data)
+    loops = {name: _take_progress(tensors, f"loop/{name}", p) for name, p in head["loops"].items()}
+    best = {name: _take(tensors, f"best/{name}", a) for name, a in head["best"].items()}
+    return Checkpoint(head["round"], loops, best, head["notes"])
+
+
+def _packed(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+    text = json.dumps(head, sort_keys=True, allow_nan=False).encode()
+    rows = torch.contiguous_format  # copies, since files hold no shared storage
+    body: bytes = save({name: tensors[name].clone(memory_format=rows) for name in sorted(tensors)})
+    lengths = LENGTH.pack(len(text), len(body))
+    digest = hashlib.sha256(lengths + text + body).digest()
+    return MAGIC + lengths + digest + text + body
+
+
+def _unpacked(data: bytes) -> tuple[Any, dict[str, Tensor]]:
     start = len(MAGIC) + LENGTH.size + DIGEST
     if data[: len(MAGIC)] != MAGIC or len(data) < start:
         raise ValueError("it does not begin like a checkpoint")
@@ -122,14 +141,10 @@ def decoded(data: bytes) -> Checkpoint:
         raise ValueError(f"{len(data)} bytes, its head speaks of {start + text_size + body_size}")
     if hashlib.sha256(lengths + data[start:]).digest() != digest:
         raise ValueError("its content does not match its hash")
-    head = json.loads(data[start : start + text_size])
     try:
-        tensors = load(data[start + text_size :])
+        return json.loads(data[start : start + text_size]), load(data[start + text_size :])
     except SafetensorError as error:
         raise ValueError(f"its tensors cannot be read: {error}") from error
-    loops = {name: _take_progress(tensors, f"loop/{name}", p) for name, p in head["loops"].items()}
-    best = {name: _take(tensors, f"best/{name}", a) for name, a in head["best"].items()}
-    return Checkpoint(head["round"], loops, best, head["notes"])
 
 
 def _put_progress(tensors: dict[str, Tensor], place: str, progress: Progress) -> dict[str, Any]:

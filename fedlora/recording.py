@@ -21,7 +21,7 @@ from fedlora.base import portable_name
 from fedlora.checkpoint import Checkpoint, remove_checkpoints, save_checkpoint
 from fedlora.client import evaluation_rows
 from fedlora.config import Config
-from fedlora.data import Data, Silos
+from fedlora.data import Data
 from fedlora.evaluate import Scores, evaluate
 from fedlora.files import write_text
 from fedlora.model import Model, parameter_counts, save_adapter, save_merged, write_adapter
@@ -40,7 +40,6 @@ class Job:
     """A run that is ready to start: everything checked and loaded, nothing trained."""
 
     config: Config
-    silos: Silos
     data: Data
     model: Model
     start: Adapter

@@ -51,7 +51,7 @@ def prepare(config: Config, resumed: Resumed | None = None) -> Job:
     if config.run.mode == "federated":
         rehearse(get_rule(config.merge.rule, **config.merge.options), start)
     data = tokenised(config, silos, model.tokenizer)
-    return Job(config, silos, data, model, start, resumed)
+    return Job(config, data, model, start, resumed)
 
 
 def execute(job: Job, watch: Watch = lambda event, facts: None) -> Path:

@@ -216,6 +216,17 @@ class MergeSettings:
 
 
 @dataclass(frozen=True)
+class FlowerSettings:
+    """Across machines, on Flower."""
+
+    clients: list[str] = setting(
+        [], "names of the nodes that bring their own data; empty: the data above, by partition"
+    )
+    deadline: float = setting(3600.0, "seconds that a round waits for its replies", above=0)
+    wait: float = setting(600.0, "seconds that the first round waits for its nodes", above=0)
+
+
+@dataclass(frozen=True)
 class EvaluateSettings:
     """When and on how much to evaluate."""
 
