@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedlora.routes import CHUNK, Triplets, block_size, live_count, row_lengths
+from fedlora.routes import CHUNK, GRAM_FLOOR, Triplets, block_size, live_count, row_lengths
 
 STEPS = 40  # blocks after which a search that has not settled gives up
 PROBES = 8  # random columns that tell how much lies outside the space found
@@ -49,8 +49,9 @@ def krylov_svd(
 
     Musco, Musco 2015 (1504.05477), with full reorthogonalisation. `start`: rows near the wanted
     right space. O(R (m + n) (rank + 4)) a step, 2 to 20 steps; beside the factors, their float32
-    copy. None where it cannot vouch for the result: where the terms cancel, where what is left out
-    is below float32's digits (and not zero), or where the search did not settle.
+    copy. Where little is left out, a last step in float64 finds what float32 cannot see, to 1e-7 of
+    the norm (as the gram route). None where it cannot vouch for the result: where the terms cancel
+    or the search did not settle.
     """
     lengths = row_lengths(A), row_lengths(B.mT)
     operator = _operator(A, B, *lengths)
@@ -59,7 +60,7 @@ def krylov_svd(
     terms = lengths[0] * lengths[1]
     if outside > TRUST * operator.size:
         return _projected(A, B, rows[: rank + SPARE], rank, terms)
-    return _whole(A, B, rows, rank, terms)
+    return _refined(A, B, rows, rank, terms)
 
 
 def _operator(A: Tensor, B: Tensor, length_a: Tensor, length_b: Tensor) -> Operator:
@@ -198,11 +199,12 @@ def _projected(A: Tensor, B: Tensor, rows: Tensor, rank: int, terms: Tensor) -> 
     return rows.mT @ right.mT[:, :count], S[:count], (Q @ left[:, :count]).mT
 
 
-def _whole(A: Tensor, B: Tensor, rows: Tensor, rank: int, terms: Tensor) -> Triplets | None:
+def _refined(A: Tensor, B: Tensor, rows: Tensor, rank: int, terms: Tensor) -> Triplets | None:
     """The SVD of B A by one more product with W^T and W in float64; None where it may be wrong.
 
-    It is right where fresh probes find nothing beyond the space, or where the last product won no
-    more than a SETTLED share of what is left out.
+    It is right where fresh probes find nothing beyond the space, or where another such product
+    would win no more than a SETTLED share of what is left out, or than the gram route leaves out:
+    a product shrinks what is missing of a direction by (first value beyond / its value)^2.
     """
     if not len(rows):
         return None
@@ -215,8 +217,11 @@ def _whole(A: Tensor, B: Tensor, rows: Tensor, rank: int, terms: Tensor) -> Trip
     left, S, right = torch.linalg.svd(images[: len(V)].mT, full_matrices=False)
     size = float(terms.norm())
     gained = float((S[:rank] - before) @ (S[:rank] + before))
-    noise = 4 * len(S) * torch.finfo(S.dtype).eps * float(S[0]) ** 2
-    settled = gained + noise <= SETTLED * (float(S[rank:].square().sum()) + missed**2)
+    tail = float(S[rank:].square().sum()) + missed**2
+    beyond = min(2 * missed, float(S[-1])) if len(S) > rank else 2 * missed
+    last, wanted = beyond**2, float(S[:rank][-1]) ** 2
+    to_come = max(gained, 0.0) * last / (wanted - last) if last < wanted else math.inf
+    settled = to_come <= max(SETTLED * tail, GRAM_FLOOR**2 * float(S @ S))
     if float(S[0]) < TRUST * size or not (settled or missed <= WHOLE * size):
         return None
     count = live_count(S, rank, float(terms.sum()))
