@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord
 from torch import Tensor
 
@@ -160,6 +161,8 @@ def fingerprint(model: Model) -> str:
 
 def load_shared(config: Config, labels: list[str]) -> tuple[Model, Adapter, str]:
     """The model of a run with the common start and the base's fingerprint."""
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
     model = load_model(
         config.model,
         config.data.label_names or labels,
