@@ -195,7 +195,6 @@ def _save(job: Job, done: _Done, sizes: Mapping[str, Any], interrupted: bool) ->
     if config.run.save_best and done.best:
         wanted["best"] = done.best[2]
         summary["best"] = {"round": done.best[1], "heldout_accuracy": done.best[0]}
-    write_json(folder / "summary.json", summary)
     card = model_card(config, summary, portable_name(config.model.name))
     for kind, adapters in wanted.items():
         shutil.rmtree(folder / kind, ignore_errors=True)  # of an interrupted run that was resumed
@@ -206,3 +205,4 @@ def _save(job: Job, done: _Done, sizes: Mapping[str, Any], interrupted: bool) ->
     if config.run.save_merged and GLOBAL in done.adapters:
         shutil.rmtree(folder / "merged", ignore_errors=True)
         save_merged(job.model, done.adapters[GLOBAL], folder / "merged")
+    write_json(folder / "summary.json", summary)  # last: it says that all is there

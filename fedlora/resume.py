@@ -72,7 +72,7 @@ def find(folder: Path, config: Config | None = None) -> tuple[Config, Resumed]:
                 f"{folder}: metrics.jsonl has {len(log)} whole lines, the checkpoint is of round "
                 f"{checkpoint.round}: lines are missing, and with them what the run measured"
             )
-    elif len(log) > 1:
+    elif len(log) > 2:  # a run may stop between the line of round 1 and its checkpoint
         raise ValueError(f"{folder} has rounds in its log and no checkpoint to resume from")
     else:
         log = []
