@@ -9,7 +9,7 @@ import os
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from fedlora.config import Config
+    from fedlora.resume import Resumed
 
 app = typer.Typer(
     add_completion=False,
@@ -25,6 +26,10 @@ app = typer.Typer(
     help="Fine-tune language models with LoRA on data that stays where it is; merge the adapters.",
 )
 
+flower = typer.Typer(no_args_is_help=True, help="Federations across machines, on Flower.")
+app.add_typer(flower, name="flower")
+
+Engine = Literal["process", "flower"]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting. Repeatable."),
@@ -36,9 +41,60 @@ Rolling = Annotated[int, typer.Option("--rolling", min=1, help="Rounds in the ro
 
 
 @app.command()
-def run(config: ConfigPath, set: Sets = None) -> None:
+def run(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The run's settings.")
+    ] = None,
+    set: Sets = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="RUN", help="Go on with a run that stopped, to its end."),
+    ] = None,
+    engine: Annotated[
+        Engine, typer.Option("--engine", help="In one process, or in Flower's simulation.")
+    ] = "process",
+) -> None:
     """Run a federation (or a reference) and leave adapter, log, model card and figure."""
-    _run(_loaded(config, set))
+    if resume is None and config is None:
+        raise ValueError("name a config to run, or a run directory with --resume")
+    given = _loaded(config, set) if config is not None else None
+    if resume is None and given is not None:
+        (_run if engine == "process" else _run_on_flower)(given)
+        return
+    if engine != "process":
+        raise ValueError("--resume goes on in one process; on Flower, start the same run again")
+    if set and config is None:
+        raise ValueError("--set changes a config: a run is resumed with its own")
+    _resume(resume or Path(), given)
+
+
+@app.command()
+def status(run: RunPath) -> None:
+    """Show where a run stands: its round, scores, failures, and whether it can be resumed."""
+    from fedlora.status import status_lines
+
+    for line in status_lines(run):
+        Console().print(line, highlight=False, soft_wrap=True)
+
+
+@flower.command("init")
+def flower_init(
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="The new project's folder.")],
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The run's settings.")
+    ] = None,
+    set: Sets = None,
+) -> None:
+    """Write a project for `flwr run`: app, settings, and notes on deployment."""
+    from fedlora.flower.project import write_project
+
+    if config is None:
+        with resources.as_file(resources.files("fedlora") / "demo.toml") as path:
+            loaded = _loaded(path, set)
+    else:
+        loaded = _loaded(config, set)
+    write_project(out, loaded)
+    Console().print(f"{out}: read its README.md, then `flwr run {out}`", highlight=False)
 
 
 @app.command()
@@ -288,18 +344,42 @@ def _import_own(name: str) -> None:
         import_rule(name)
 
 
-def _run(config: Config) -> None:
+def _run_on_flower(config: Config) -> None:
+    from fedlora.flower.engine import run_on_flower
+
+    console = Console()
+    console.print("Flower's simulation is starting: this takes a minute", highlight=False)
+    _show_results(console, run_on_flower(config))
+
+
+def _resume(folder: Path, given: Config | None) -> None:
+    from dataclasses import replace
+
+    from fedlora.resume import find
+
+    config, resumed = find(folder, given)
+    _import_own(config.merge.rule)
+    _run(replace(config, run=replace(config.run, out=str(folder))), resumed)
+
+
+def _run(config: Config, resumed: Resumed | None = None) -> None:
     from fedlora.display import shown
-    from fedlora.run import execute, prepare, run_folder
+    from fedlora.recording import run_folder
+    from fedlora.run import execute, prepare
 
     console, folder = Console(), run_folder(config)
     try:
         with shown(console) as watch:
-            execute(prepare(config), watch)
+            execute(prepare(config, resumed), watch)
     except KeyboardInterrupt:
         kept = f"; {folder} holds what was finished" if folder.is_dir() else ""
         sys.stderr.write(f"fedlora: interrupted{kept}\n")
         raise SystemExit(130) from None
+    _show_results(console, folder)
+
+
+def _show_results(console: Console, folder: Path) -> None:
+    """Where the results are, the figure drawn."""
     lines = [f"adapter  {folder / 'adapter'}", f"log      {folder / 'metrics.jsonl'}"]
     try:
         from fedlora.report import write_report

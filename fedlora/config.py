@@ -21,6 +21,7 @@ from fedlora.settings import (
     ClientSettings,
     DataSettings,
     EvaluateSettings,
+    FlowerSettings,
     MergeSettings,
     ModelSettings,
     PartitionSettings,
@@ -44,6 +45,7 @@ class Config:
     client: ClientSettings = field(default_factory=ClientSettings)
     merge: MergeSettings = field(default_factory=MergeSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    flower: FlowerSettings = field(default_factory=FlowerSettings)
 
     def flat(self) -> Flat:
         """`section.key` -> value, lists and tables as JSON: the form for the wire."""

@@ -1,6 +1,6 @@
 """What a person sees while a run goes on: a live table on a terminal, else a line a round.
 
-Listens to the events of `fedlora.run`; computes nothing that is not printed.
+Listens to the events of `fedlora.recording`; computes nothing that is not printed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedlora.run import Watch
+from fedlora.recording import Watch
 
 ROWS = 12  # rounds that stay visible
 COLUMNS = 6  # clients that get a column of their own
@@ -86,7 +86,17 @@ class _LiveTable:
         table = Table(title=self.title, title_justify="left", box=None, pad_edge=False)
         own = self.clients if len(self.clients) <= COLUMNS else []
         named = [f"client {client}" if len(client) < 3 else client for client in own]
-        for heading in ("round", "global", *named, "loss", "train loss", "merge error", "MB", "s"):
+        for heading in (
+            "round",
+            "global",
+            *named,
+            "loss",
+            "train loss",
+            "merge error",
+            "MB",
+            "s",
+            "",
+        ):
             table.add_column(heading, justify="right")
         for record in self.records[-ROWS:]:
             table.add_row(*cells(record, own))
@@ -105,6 +115,7 @@ def cells(record: Mapping[str, Any], clients: list[str]) -> list[str]:
         number(record["merge_error"], ".1e"),
         number((record["bytes_up"] + record["bytes_down"]) / 1e6, ".1f"),
         number(record["seconds"]["total"], ".0f"),
+        failure_text(record),
     ]
 
 
@@ -126,9 +137,15 @@ def round_line(record: Mapping[str, Any]) -> str:
         f"loss {number(shared.get('loss'), '.3f')}" if shared else "",
         f"train loss {number(train_loss(record), '.3f')}" if reported else "",
         f"merge error {number(record['merge_error'], '.1e')}" if record["merge_error"] else "",
+        f"not used: {failures}" if (failures := failure_text(record)) else "",
         f"{record['seconds']['total']:.0f} s",
     ]
     return "  ".join(part for part in parts if part)
+
+
+def failure_text(record: Mapping[str, Any]) -> str:
+    """The clients whose replies were not used, each with its code."""
+    return ", ".join(f"{failure['client']} ({failure['code']})" for failure in record["failures"])
 
 
 def accuracy(client: Mapping[str, Any] | None) -> float | None:

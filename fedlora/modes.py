@@ -6,7 +6,7 @@ alone. Nothing is merged there, so the optimiser is kept, and no bytes move.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 
@@ -16,8 +16,10 @@ from fedlora.adapter import Adapter, ClientResult, lora_scaling
 from fedlora.config import Config
 from fedlora.data import Data
 from fedlora.policy import Head, Policy, Receiver
-from fedlora.rules import get_rule
-from fedlora.simulation import Fit, Round, simulate
+from fedlora.rounds import Failure
+from fedlora.rules import Rule, get_rule
+from fedlora.server import plan_round
+from fedlora.simulation import Fit, Progress, Round, personal_adapters, simulate
 
 CENTRAL = "central"
 GLOBAL = ""  # the key of the one adapter that all share
@@ -25,15 +27,21 @@ GLOBAL = ""  # the key of the one adapter that all share
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A finished round in any mode; `adapters` holds the global one, or one per client by name."""
+    """A finished round in any mode; `adapters` holds the global one, or one per client by name.
+
+    `loops` is where each loop stands after it: a federation is one loop, called as the global
+    adapter; a reference is one per client.
+    """
 
     round: int
     adapters: dict[str, Adapter]
-    results: list[ClientResult]
+    results: Sequence[ClientResult]
     merge: Mapping[str, float]
     bytes_up: int
     bytes_down: int
     seconds_aggregate: float
+    loops: Mapping[str, Progress]
+    failures: Sequence[Failure] = ()
 
 
 def for_mode(config: Config, data: Data) -> tuple[Config, Data]:
@@ -57,17 +65,42 @@ def for_mode(config: Config, data: Data) -> tuple[Config, Data]:
     return replace(config, client=client, evaluate=evaluation), pooled
 
 
-def steps(config: Config, fit: Fit, start: Adapter, clients: list[str]) -> Iterator[Step]:
-    """Runs the rounds of the config's mode; `clients` are those of `for_mode`'s data."""
+def steps(
+    config: Config,
+    fit: Fit,
+    start: Adapter,
+    clients: list[str],
+    loops: Mapping[str, Progress] | None = None,
+) -> Iterator[Step]:
+    """Runs the rounds of the config's mode; `clients` are those of `for_mode`'s data.
+
+    With `loops`, those of an earlier step, the rounds after it.
+    """
+    loops = loops or {}
     if config.run.mode == "federated":
-        yield from (_merged(round) for round in _federation(config, fit, start, clients))
+        rounds = _federation(config, fit, start, clients, loops.get(GLOBAL))
+        yield from (_merged(config, clients, round) for round in rounds)
         return
-    alone = [_alone(config, fit, start, client) for client in clients]
-    for rounds in zip(*alone, strict=True):
-        names = [GLOBAL] if config.run.mode == CENTRAL else clients
-        own = {name: round.state.adapter for name, round in zip(names, rounds, strict=True)}
-        results = [result for round in rounds for result in round.results]
-        yield Step(rounds[0].round, own, results, {}, 0, 0, 0.0)
+    alone = [_alone(config, fit, start, client, loops.get(client)) for client in clients]
+    for together in zip(*alone, strict=True):
+        reached = {c: round.progress for c, round in zip(clients, together, strict=True)}
+        own = loop_adapters(config, clients, reached)
+        results = [result for round in together for result in round.results]
+        yield Step(together[0].round, own, results, {}, 0, 0, 0.0, reached)
+
+
+def loop_adapters(
+    config: Config, clients: list[str], loops: Mapping[str, Progress]
+) -> dict[str, Adapter]:
+    """The adapters that stand where these loops stand: the global one, or one per client."""
+    if config.run.mode == "federated":
+        progress, policy = loops[GLOBAL], merge_policy(config, clients)
+        plan = plan_round(_rule(config), policy.head, progress.state, progress.round)
+        adapter = progress.state.adapter
+        return personal_adapters(adapter, progress.clients, plan, policy) or {GLOBAL: adapter}
+    if config.run.mode == CENTRAL:
+        return {GLOBAL: loops[CENTRAL].state.adapter}
+    return {client: loops[client].state.adapter for client in clients}
 
 
 def merge_policy(config: Config, clients: list[str]) -> Policy:
@@ -82,6 +115,8 @@ def merge_policy(config: Config, clients: list[str]) -> Policy:
         robust=merge.robust,
         robust_bound=merge.robust_bound,
         robust_faulty=merge.robust_faulty,
+        min_clients=config.run.min_clients,
+        max_failed_rounds=config.run.max_failed_rounds,
         receivers=_receivers(config, clients),
     )
 
@@ -97,9 +132,15 @@ def _receivers(config: Config, clients: list[str]) -> dict[str, Receiver]:
     }
 
 
-def _federation(config: Config, fit: Fit, start: Adapter, clients: list[str]) -> Iterator[Round]:
+def _rule(config: Config) -> Rule:
+    return get_rule(config.merge.rule, **config.merge.options)
+
+
+def _federation(
+    config: Config, fit: Fit, start: Adapter, clients: list[str], progress: Progress | None
+) -> Iterator[Round]:
     return simulate(
-        get_rule(config.merge.rule, **config.merge.options),
+        _rule(config),
         fit,
         start,
         clients,
@@ -107,10 +148,13 @@ def _federation(config: Config, fit: Fit, start: Adapter, clients: list[str]) ->
         seed=config.run.seed,
         participation=config.merge.participation,
         policy=merge_policy(config, clients),
+        progress=progress,
     )
 
 
-def _alone(config: Config, fit: Fit, start: Adapter, client: str) -> Iterator[Round]:
+def _alone(
+    config: Config, fit: Fit, start: Adapter, client: str, progress: Progress | None
+) -> Iterator[Round]:
     head: Head = "freeze" if config.merge.head == "freeze" else "average"
     return simulate(
         get_rule("fedavg"),
@@ -120,16 +164,19 @@ def _alone(config: Config, fit: Fit, start: Adapter, client: str) -> Iterator[Ro
         rounds=config.run.rounds,
         seed=config.run.seed,
         policy=Policy(head=head),
+        progress=progress,
     )
 
 
-def _merged(round: Round) -> Step:
+def _merged(config: Config, clients: list[str], round: Round) -> Step:
     return Step(
         round.round,
-        round.personal or {GLOBAL: round.state.adapter},
+        loop_adapters(config, clients, {GLOBAL: round.progress}),
         round.results,
         round.state.memory,
         round.bytes_up,
         round.bytes_down,
         round.seconds_aggregate,
+        {GLOBAL: round.progress},
+        round.failures,
     )

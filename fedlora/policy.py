@@ -41,7 +41,9 @@ class Policy:
 
     `residual` None takes the rule's own way. `fold_rank` caps the rank of folded and of carried
     residuals (0: no cap). `server_lr` is the share of the way from what was sent to what the rule
-    says (above 1: beyond). `robust_bound` and `robust_faulty` as in `robust.robust_coefficients`.
+    says (above 1: beyond). `min_clients` good replies make a round (0: all that were asked), and
+    `max_failed_rounds` rounds in a row with fewer end the run. `robust_bound` and `robust_faulty`
+    as in `robust.robust_coefficients`.
     `receivers` names the clients with a rank of their own.
     """
 
@@ -53,6 +55,8 @@ class Policy:
     robust: Robust = "none"
     robust_bound: float = 0.0
     robust_faulty: int = 0
+    min_clients: int = 0
+    max_failed_rounds: int = 1
     receivers: Mapping[str, Receiver] = field(default_factory=dict)
 
 

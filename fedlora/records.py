@@ -8,6 +8,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -55,6 +56,7 @@ def round_record(
         "clients": clients,
         "merge_error": step.merge.get("merge_error") if step else None,
         "merge": dict(step.merge) if step else {},
+        "failures": [asdict(failure) for failure in step.failures] if step else [],
         "bytes_up": step.bytes_up if step else 0,
         "bytes_down": step.bytes_down if step else 0,
         "seconds": {

@@ -1,87 +1,36 @@
-"""One run from a config to a run directory: the one place where data, model, engine and log meet.
+"""One run from a config to a run directory, in one process: where data, model and engine meet.
 
 What happens is told to `watch`, one event at a time; who draws it is somebody else's matter.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
-from typing import Any, TypeAlias
 
 import torch
 
 from fedlora.adapter import Adapter, ClientResult, ClientState
-from fedlora.base import portable_name
-from fedlora.client import evaluation_rows, make_fit
+from fedlora.client import make_fit
 from fedlora.config import Config
-from fedlora.data import Data, Silos, read_silos, tokenised
-from fedlora.evaluate import Scores, evaluate
-from fedlora.files import write_text
-from fedlora.model import (
-    Model,
-    load_model,
-    longest_input,
-    parameter_counts,
-    read_adapter,
-    save_adapter,
-    save_merged,
-    write_adapter,
-)
-from fedlora.modes import GLOBAL, Step, for_mode, steps
-from fedlora.records import Record, round_record, summary_record
-from fedlora.robust import warning
+from fedlora.data import read_silos, tokenised
+from fedlora.model import load_model, longest_input, read_adapter
+from fedlora.modes import for_mode, steps
+from fedlora.recording import Job, Watch, recording, run_folder
+from fedlora.resume import Resumed
 from fedlora.rules import Plan, get_rule
-from fedlora.runlog import append_record, check_new, create_run, model_card, write_json
+from fedlora.runlog import check_new
 from fedlora.server import rehearse
 from fedlora.simulation import Fit
 
-Watch: TypeAlias = Callable[[str, Mapping[str, Any]], None]
 
+def prepare(config: Config, resumed: Resumed | None = None) -> Job:
+    """Reads, checks and loads everything; ValueError for any mistake, before any training.
 
-@dataclass(frozen=True, eq=False)
-class Job:
-    """A run that is ready to start: everything checked and loaded, nothing trained."""
-
-    config: Config
-    silos: Silos
-    data: Data
-    model: Model
-    start: Adapter
-
-    @property
-    def folder(self) -> Path:
-        """The run directory."""
-        return run_folder(self.config)
-
-
-@dataclass(frozen=True, eq=False)
-class _Done:
-    """What is finished so far: the log, the adapters of the last round, and the best ones."""
-
-    records: Sequence[Record]
-    adapters: Mapping[str, Adapter]
-    scores: Scores | None
-    best: tuple[float, int, Mapping[str, Adapter]] | None = None
-
-    def then(self, record: Record, adapters: Mapping[str, Adapter], scores: Scores | None) -> _Done:
-        best, held = self.best, record["heldout"]
-        if held and (best is None or held["accuracy"] > best[0]):
-            best = (held["accuracy"], record["round"], adapters)
-        return _Done([*self.records, record], adapters, scores, best)
-
-
-def run_folder(config: Config) -> Path:
-    """Where a run goes: `run.out`, else runs/<name>."""
-    return Path(config.run.out) if config.run.out else Path("runs") / config.run.name
-
-
-def prepare(config: Config) -> Job:
-    """Reads, checks and loads everything; ValueError for any mistake, before any training."""
-    check_new(run_folder(config))
+    With `resumed` (see `resume.find`) the run goes on where it stopped.
+    """
+    if resumed is None:
+        check_new(run_folder(config))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     silos = read_silos(config)
@@ -102,96 +51,26 @@ def prepare(config: Config) -> Job:
     if config.run.mode == "federated":
         rehearse(get_rule(config.merge.rule, **config.merge.options), start)
     data = tokenised(config, silos, model.tokenizer)
-    return Job(config, silos, data, model, start)
+    return Job(config, data, model, start, resumed)
 
 
 def execute(job: Job, watch: Watch = lambda event, facts: None) -> Path:
     """Trains, merges, evaluates and logs every round, then saves; returns the run directory.
 
-    Events: `start`, then per round `fit` and `fitted` (each client), `evaluate` and `round`, at
-    last `done`. Ctrl-C leaves a readable directory with the adapter of the last finished round;
-    KeyboardInterrupt goes on.
+    Events: those of `recording`, and `fit` and `fitted` for each client in each round. Ctrl-C
+    leaves a readable directory with the adapter of the last finished round; KeyboardInterrupt goes
+    on.
     """
-    sizes = {
-        client: {"train": len(rows), "heldout": len(job.data.heldout[client])}
-        for client, rows in job.data.rows.items()
-    }
-    place = {"device": str(job.model.device), "threads": torch.get_num_threads()}
-    create_run(job.folder, job.config, place)
-    facts = {"folder": job.folder, "clients": sizes, "rounds": job.config.run.rounds}
-    watch("start", {**facts, "notes": _notes(job.config, len(sizes))})
-    done = _Done([], {GLOBAL: job.start}, None)
-    interrupted = True
-    try:
-        for record, adapters, scores in _rounds(job, watch):
-            append_record(job.folder, record)
-            done = done.then(record, adapters, scores)
-            watch("round", record)
-        interrupted = False
-    finally:
-        if done.records:
-            _save(job, done, sizes, interrupted)
-    watch("done", {"folder": job.folder, "record": done.records[-1]})
-    return job.folder
-
-
-def _notes(config: Config, clients: int) -> list[str]:
-    """What the user should know before the first round."""
-    a_round = math.ceil(config.merge.participation * clients - 1e-9)
-    federated = config.run.mode == "federated"
-    return [note for note in [warning(config.merge.robust, a_round)] if note and federated]
-
-
-def _rounds(job: Job, watch: Watch) -> Iterator[tuple[Record, dict[str, Adapter], Scores | None]]:
-    """Every round's record, adapters and global scores, round 0 (nothing trained yet) first."""
     config, data = for_mode(job.config, job.data)
     fit = _watched(make_fit(job.model, data, config), watch)
-
-    def scored(step: Step | None, adapters: dict[str, Adapter], began: float) -> Any:
-        round = step.round if step else 0
-        watch("evaluate", {"round": round})
-        reached = perf_counter()
-        shared, heldout = _evaluated(job.model, data, config, round, adapters)
-        spent = perf_counter() - reached
-        total = perf_counter() - began
-        record = round_record(
-            round, shared, heldout, step, seconds_evaluate=spent, seconds_total=total
-        )
-        return record, adapters, shared
-
-    yield scored(None, {GLOBAL: job.start}, perf_counter())
-    began = perf_counter()
-    for step in steps(config, fit, job.start, sorted(data.rows)):
-        finished = scored(step, step.adapters, began)
-        began = perf_counter()  # what the caller does with a round counts for the next one
-        yield finished
-
-
-def _evaluated(
-    model: Model, data: Data, config: Config, round: int, adapters: Mapping[str, Adapter]
-) -> tuple[Scores | None, dict[str, Scores]]:
-    """The global adapter on the shared set, and on each client's held-out rows (or the client's
-    own).
-    """
-    rows, batch = evaluation_rows(config, data, round), config.evaluate.batch
-    if rows is None:
-        return None, {}
-    heldout: dict[str, Scores] = {}
-    shared: Scores | None = None
-    for name, adapter in adapters.items():
-        write_adapter(model, adapter)
-        if name == GLOBAL:
-            shared = evaluate(model, data.evaluation, rows, batch)
-        for client in data.heldout if name == GLOBAL else [name]:
-            if data.heldout[client].size:
-                heldout[client] = evaluate(model, data.train, data.heldout[client], batch)
-    for scores in (shared, *heldout.values()):
-        if scores is not None and not math.isfinite(scores.loss):
-            raise ValueError(
-                f"round {round}: the loss of the merged adapter is {scores.loss}: training "
-                f"diverged, lower client.lr, now {config.client.lr}"
-            )
-    return shared, heldout
+    checkpoint = job.resumed.checkpoint if job.resumed else None
+    with recording(job, watch) as note:
+        if checkpoint is None:
+            note(None)
+        loops = checkpoint.loops if checkpoint else None
+        for step in steps(config, fit, job.start, sorted(data.rows), loops):
+            note(step)
+    return job.folder
 
 
 def _watched(fit: Fit, watch: Watch) -> Fit:
@@ -204,31 +83,3 @@ def _watched(fit: Fit, watch: Watch) -> Fit:
         return result
 
     return told
-
-
-def _save(job: Job, done: _Done, sizes: Mapping[str, Any], interrupted: bool) -> None:
-    """Writes summary, adapter(s) with their model card, and what else the config asks for."""
-    config, folder = job.config, job.folder
-    trainable, base = parameter_counts(job.model)
-    summary = summary_record(
-        done.records,
-        done.scores,
-        labels=job.model.labels,
-        clients=sizes,
-        trainable=trainable,
-        base=base,
-        interrupted=interrupted,
-    )
-    wanted = {"adapter": done.adapters}
-    if config.run.save_best and done.best:
-        wanted["best"] = done.best[2]
-        summary["best"] = {"round": done.best[1], "heldout_accuracy": done.best[0]}
-    write_json(folder / "summary.json", summary)
-    card = model_card(config, summary, portable_name(config.model.name))
-    for kind, adapters in wanted.items():
-        for client, adapter in adapters.items():
-            place = folder / kind / client if client else folder / kind
-            save_adapter(job.model, adapter, place)
-            write_text(place / "README.md", card)
-    if config.run.save_merged and GLOBAL in done.adapters:
-        save_merged(job.model, done.adapters[GLOBAL], folder / "merged")

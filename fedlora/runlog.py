@@ -16,7 +16,7 @@ from typing import Any
 
 from fedlora import __version__
 from fedlora.config import Config, load_config
-from fedlora.files import write_text
+from fedlora.files import new_folder, write_text
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors")
 
@@ -27,12 +27,12 @@ def create_run(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
     ValueError if it is there already.
     """
     check_new(folder)
-    folder.mkdir(parents=True)
-    write_text(folder / "config.toml", config.toml())
-    write_json(folder / "versions.json", {**versions(), **facts})
-    source, _, name = config.merge.rule.rpartition(":")
-    if name and source.endswith(".py"):
-        write_text(folder / "rule.py", Path(source).read_text(encoding="utf-8"))
+    with new_folder(folder) as temporary:
+        write_text(temporary / "config.toml", config.toml())
+        write_json(temporary / "versions.json", {**versions(), **facts})
+        source, _, name = config.merge.rule.rpartition(":")
+        if name and source.endswith(".py"):
+            write_text(temporary / "rule.py", Path(source).read_text(encoding="utf-8"))
 
 
 def check_new(folder: Path) -> None:

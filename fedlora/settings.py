@@ -53,6 +53,12 @@ class RunSettings:
     threads: int = setting(
         0, "threads within one operation on the CPU; 0 leaves the choice to torch", low=0
     )
+    min_clients: int = setting(
+        0, "usable replies that make a round; fewer keep the adapter as it is; 0: all asked", low=0
+    )
+    max_failed_rounds: int = setting(
+        1, "rounds in a row with too few replies that end the run, resumable", low=1
+    )
     save_best: bool = setting(False, "also keep the best adapter, chosen on held-out training rows")
     save_merged: bool = setting(False, "also write the base model with the final adapter merged in")
 
@@ -207,6 +213,17 @@ class MergeSettings:
     robust_faulty: int = setting(
         0, "clients that may be faulty, for multi_krum; 0: as many as it can bear", low=0
     )
+
+
+@dataclass(frozen=True)
+class FlowerSettings:
+    """Across machines, on Flower."""
+
+    clients: list[str] = setting(
+        [], "names of the nodes that bring their own data; empty: the data above, by partition"
+    )
+    deadline: float = setting(3600.0, "seconds that a round waits for its replies", above=0)
+    wait: float = setting(600.0, "seconds that the first round waits for its nodes", above=0)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from fedlora.client import batches, learning_rate, make_fit
 from fedlora.config import Config
 from fedlora.data import Data, read_silos, tokenised
 from fedlora.model import Model, read_adapter
+from fedlora.recording import Job
 from fedlora.rules import Plan
-from fedlora.run import Job, execute, prepare
+from fedlora.run import execute, prepare
 from fedlora.seeding import derive
 
 Watch = Callable[[str, Mapping[str, Any]], None]

@@ -21,7 +21,7 @@ HEAVY = (
 # Each may import the ones before it; rules may not import each other.
 ORDER = (
     "hints", "seeding", "partition", "adapter", "routes", "krylov", "lowrank", "rules", "robust",
-    "policy", "settings", "config", "server", "simulation",
+    "policy", "settings", "config", "server", "rounds", "simulation",
 )  # fmt: skip
 LIBRARIES = {
     "hints": set(),
@@ -29,6 +29,7 @@ LIBRARIES = {
     "partition": {"numpy"},
     "settings": set(),
     "config": set(),
+    "rounds": {"torch"},
     "simulation": set(),
 }  # the other core files: torch, numpy and jaxtyping
 PUBLIC = {

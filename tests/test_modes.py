@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from fedlora.adapter import PARTS, Adapter, ClientState, flatten
 from fedlora.client import make_fit
 from fedlora.model import load_adapter
-from fedlora.run import Job, execute
+from fedlora.recording import Job
+from fedlora.run import execute
 
 pytest_plugins = ["tiny"]
 Tiny = Callable[[str], Path]

@@ -1,0 +1,221 @@
+"""A client's half across machines: its own data and limits, its own disk, one round at a time.
+
+What the server may ask for is bounded by the node's own config; the node looks before it trains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord
+from torch import Tensor
+
+from fedlora.adapter import Adapter, ClientResult, ClientState, flatten, overlay
+from fedlora.checkpoint import decode_state, encode_state
+from fedlora.client import make_fit
+from fedlora.config import Config, make_config
+from fedlora.data import Data, read_silos, tokenised
+from fedlora.files import write_bytes
+from fedlora.flower.wire import Order, WireError, shapes_of, tensors_of
+from fedlora.model import Model, load_model, read_adapter
+from fedlora.modes import merge_policy
+from fedlora.policy import cut_for
+
+LIMITS = ("max-rounds", "min-examples", "rules", "base")
+KEYS = ("name", "partition-id", "num-partitions", "data", "evaluate", "state", *LIMITS)
+KEPT = 2  # states of a client on its disk: the last, and the one that a repeated round starts from
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """What all clients of a process share: config, model, data, the common start, the base's
+    hash.
+    """
+
+    config: Config
+    model: Model
+    data: Data
+    start: Adapter
+    base: str
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A client that is ready: its name, what it holds at the start, what it allows, where it keeps
+    what is its own.
+    """
+
+    client: str
+    loaded: Loaded
+    start: Adapter
+    limits: Mapping[str, Any]
+    states: Path
+
+    @property
+    def examples(self) -> int:
+        """Training rows."""
+        return len(self.loaded.data.rows[self.client])
+
+
+def load_node(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Node:
+    """The node of a run, model and data loaded once per process; ValueError for a bad config."""
+    if odd := sorted(set(node_config) - set(KEYS)):
+        raise ValueError(f"node config {odd[0]!r} is not known; known are {', '.join(KEYS)}")
+    run_text = json.dumps(dict(run_config), sort_keys=True)
+    own = {key: str(node_config[key]) for key in ("name", "data", "evaluate") if key in node_config}
+    loaded = _load(run_text, json.dumps(own) if "data" in own else "")
+    names = loaded.config.flower.clients or sorted(loaded.data.rows)
+    client = _client_name(names, node_config)
+    if client not in loaded.data.rows:
+        raise ValueError(f"there is no data of a client {client!r}: its node config names none")
+    policy = merge_policy(loaded.config, names)
+    start = cut_for(loaded.start, policy.receivers.get(client))
+    folder = node_config.get("state") or Path(loaded.config.run.out or ".") / "clients"
+    limits = {key: node_config[key] for key in LIMITS if key in node_config}
+    return Node(client, loaded, start, limits, Path(str(folder)) / client)
+
+
+def refusal(node: Node, order: Order) -> tuple[str, str] | None:
+    """(code, reason) why this node does not do what it is asked, by its own limits; None if it
+    does.
+
+    ValueError where a limit itself makes no sense.
+    """
+    limits, rule = node.limits, node.loaded.config.merge.rule
+    if order.client != node.client:
+        return "client", f"this node is {node.client!r}, the order is for {order.client!r}"
+    if order.base != node.loaded.base:
+        return "base", f"base model {node.loaded.base} here, {order.base} at the server"
+    if "base" in limits and not node.loaded.base.startswith(str(limits["base"])):
+        return "base", f"base model {node.loaded.base} is not the {limits['base']} allowed here"
+    if "max-rounds" in limits and order.round > int(limits["max-rounds"]):
+        return "rounds", f"round {order.round} is beyond the {limits['max-rounds']} allowed here"
+    allowed = [name.strip() for name in str(limits.get("rules", rule)).split(",")]
+    if rule not in allowed:
+        return "rule", f"rule {rule!r} is not one of {', '.join(allowed)} allowed here"
+    if node.examples < int(limits.get("min-examples", 0)):
+        return (
+            "examples",
+            f"{node.examples} rows are fewer than the {limits['min-examples']} wanted",
+        )
+    return None
+
+
+def train(node: Node, order: Order, record: ArrayRecord) -> tuple[ClientResult, dict[str, Tensor]]:
+    """One round: what came in is checked, trained, kept where it is the client's own, and the
+    tensors to share are returned. WireError, ValueError (diverged) leave the disk as it was.
+    """
+    plan = order.plan
+    want = shapes_of(node.start, plan.receives)
+    tensors = tensors_of(record, want, free=".frozen_")
+    _check_frozen(node.start, tensors)
+    held = overlay(tensors, node.start)
+    fit = make_fit(node.loaded.model, node.loaded.data, node.loaded.config)
+    state = read_state(node.states, order.run, order.round)
+    result = fit(node.client, order.round, plan, held, state)
+    keep_state(node.states, order.run, order.round, result.state)
+    return result, flatten(result.adapter, plan.shares)
+
+
+def read_state(folder: Path, run: str, round: int) -> ClientState:
+    """What the client kept from its last round before this one; nothing for another run.
+
+    ValueError where the file is damaged: training on without what it kept would be another run.
+    """
+    for path in sorted(folder.glob("round-*.state"), reverse=True):
+        if int(path.stem.removeprefix("round-")) < round:
+            owner, state = decode_state(path.read_bytes())
+            return state if owner == run else ClientState()
+    return ClientState()
+
+
+def keep_state(folder: Path, run: str, round: int, state: ClientState) -> None:
+    """Writes what the client keeps after a round, in one step; the one before stays as well."""
+    if state.adapter is None and not state.optimiser:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / f"round-{round:06d}.state", encode_state(run, state))
+    for old in sorted(folder.glob("round-*.state"))[:-KEPT]:
+        old.unlink()
+
+
+def fingerprint(model: Model) -> str:
+    """A SHA-256 of the base's weights, names and shapes: the same model, or another."""
+    own = {id(parameter) for parameter in model.parameters.values()}
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.network.named_parameters()):
+        if id(parameter) in own or "lora_" in name:
+            continue
+        plain = parameter.detach().float().cpu().contiguous()
+        digest.update(f"{name}{tuple(plain.shape)}".encode())
+        digest.update(plain.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_shared(config: Config, labels: list[str]) -> tuple[Model, Adapter, str]:
+    """The model of a run with the common start and the base's fingerprint."""
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    model = load_model(
+        config.model,
+        config.data.label_names or labels,
+        seed=config.run.seed,
+        device=config.run.device,
+        precision=config.run.precision,
+    )
+    return model, read_adapter(model), fingerprint(model)
+
+
+@lru_cache(maxsize=8)
+def _load(run_text: str, own_text: str) -> Loaded:
+    config = make_config(json.loads(run_text))
+    if own_text:
+        own = json.loads(own_text)
+        if "name" not in own:
+            raise ValueError('a node with data of its own needs a name: name="NAME" data="FILE"')
+        mine = {own["name"]: own["data"]}
+        data = replace(config.data, train="", clients=mine, evaluate=own.get("evaluate", ""))
+        config = replace(config, data=data)
+    elif config.flower.clients:
+        raise ValueError("this node has no data: its node config must have name and data")
+    silos = read_silos(config)
+    config = replace(config, data=replace(config.data, labels=silos.labels))
+    model, start, base = load_shared(config, silos.labels)
+    return Loaded(config, model, tokenised(config, silos, model.tokenizer), start, base)
+
+
+def _client_name(names: list[str], node_config: Mapping[str, Any]) -> str:
+    """The client's name: its own, or the one at its place in the partition."""
+    if "name" in node_config:
+        name = str(node_config["name"])
+        if name not in names:
+            raise ValueError(f"the run knows no client {name!r}; it has {', '.join(names)}")
+        return name
+    place = node_config.get("partition-id")
+    if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(names):
+        raise ValueError(f"node config needs a name, or a partition-id in 0..{len(names) - 1}")
+    return names[place]
+
+
+def _check_frozen(start: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """WireError unless what is frozen comes in pairs that fit their layers."""
+    for name in tensors:
+        layer, _, part = name.rpartition(".")
+        if part not in ("frozen_A", "frozen_B"):
+            continue
+        A, B = tensors.get(f"{layer}.frozen_A"), tensors.get(f"{layer}.frozen_B")
+        own = start.layers.get(layer)
+        fits = (
+            A is not None and B is not None and own is not None and A.ndim == B.ndim == 2
+            and (B.shape[0], A.shape[1]) == own.shape
+            and A.shape[0] == B.shape[1] <= min(own.shape)
+        )  # fmt: skip
+        if not fits:
+            raise WireError("shapes", f"array {name!r} is half of no frozen increment of its layer")

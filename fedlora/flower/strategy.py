@@ -1,0 +1,211 @@
+"""The server's half on Flower: a strategy whose rounds are `open_round` and `close_round`.
+
+Flower carries the messages; which clients take part, what is sent, what is refused and how it is
+merged is decided by the same functions as in one process.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedlora.adapter import WHOLE, Adapter, byte_count, flatten
+from fedlora.config import Config
+from fedlora.flower.wire import ORDER, REPLY, Order, arrays_of, order_content, read_reply
+from fedlora.modes import GLOBAL, Step, merge_policy
+from fedlora.rounds import Failure, Opened, Reply, close_round, open_round
+from fedlora.rules import get_rule
+from fedlora.server import ServerState
+from fedlora.simulation import Progress
+
+TRAIN, HELLO = "train", "query.hello"
+PAUSE = 1.0  # seconds between two looks for nodes
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A node that has introduced itself."""
+
+    node_id: int
+    client: str
+    examples: int
+    base: str
+
+
+class FedloraStrategy(Strategy):
+    """A federation from its config: `progress` is where it stands, `note` hears of every round.
+
+    Rounds count on from `progress`, so that a resumed run asks for the rounds that are left.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        start: Adapter,
+        clients: Sequence[str],
+        *,
+        base: str,
+        progress: Progress | None = None,
+        note: Callable[[Step], None] = lambda step: None,
+    ) -> None:
+        self.config, self.start_adapter, self.clients = config, start, sorted(clients)
+        self.rule = get_rule(config.merge.rule, **config.merge.options)
+        self.policy = merge_policy(config, self.clients)
+        self.base, self.note = base, note
+        self.progress = progress or Progress(0, ServerState(start))
+        self.done_before = self.progress.round
+        self.seen: dict[str, Seen] = {}
+        self.opened: Opened | None = None
+        self.asked: dict[int, str] = {}
+
+    @property
+    def run_name(self) -> str:
+        """What every message of this federation carries: a late one of another run is stale."""
+        return f"{self.config.run.name}/{self.config.run.seed}"
+
+    def summary(self) -> None:
+        """Logs what is about to run."""
+        log.info("fedlora: rule %s, clients %s", self.rule.name, ", ".join(self.clients))
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The messages of a round, to the nodes of its clients."""
+        opened = open_round(
+            self.rule, self.start_adapter, self.progress.state, self.done_before + server_round,
+            self.clients, seed=self.config.run.seed,
+            participation=self.config.merge.participation, policy=self.policy,
+        )  # fmt: skip
+        self.opened, self.asked = opened, {}
+        self.find_nodes(grid, opened.messages, self.config.flower.wait)
+        messages = []
+        for client, tensors in opened.messages.items():
+            if client not in self.seen:
+                continue  # close_round names it as missing
+            node_id = self.seen[client].node_id
+            order = Order(self.run_name, opened.round, client, opened.plan, self.base)
+            self.asked[node_id] = client
+            content = order_content(order, tensors)
+            messages.append(
+                grid.create_message(
+                    content, TRAIN, node_id, str(opened.round), self.config.flower.deadline
+                )
+            )
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Checks and merges what came back; FederationError as in `close_round`."""
+        opened = self.opened
+        if opened is None:
+            raise RuntimeError("a round is closed that was never opened")
+        began = perf_counter()
+        closed = close_round(
+            self.rule, opened, self.progress.state, self.read(replies, opened), self.policy
+        )
+        self.progress = Progress(opened.round, closed.state)
+        for failure in closed.failures:
+            log.warning("round %d: %s: %s", opened.round, failure.code, failure.reason)
+            self.seen.pop(failure.client, None)  # ask anew who it is before the next round
+        down = sum(byte_count(opened.messages[client]) for client in self.asked.values())
+        self.note(
+            Step(
+                opened.round,
+                {GLOBAL: closed.state.adapter},
+                closed.results,
+                closed.state.memory,
+                closed.bytes_up,
+                down,
+                perf_counter() - began,
+                {GLOBAL: self.progress},
+                closed.failures,
+            )
+        )
+        error = closed.state.memory.get("merge_error", 0.0)
+        return (
+            arrays_of(flatten(closed.state.adapter, WHOLE)),
+            MetricRecord({"clients": len(closed.results), "merge_error": error}),
+        )
+
+    def read(self, replies: Iterable[Message], opened: Opened) -> list[Reply | Failure]:
+        """Every reply as what `close_round` takes, by the node it came from."""
+        found: list[Reply | Failure] = []
+        for message in replies:
+            client = self.asked.get(message.metadata.src_node_id)
+            if client is None:
+                log.warning("round %d: a reply of a node that was not asked", opened.round)
+                continue
+            found.append(read_reply(message, client, self.run_name, opened))
+        return found
+
+    def find_nodes(self, grid: Grid, wanted: Iterable[str], seconds: float) -> None:
+        """Asks the connected nodes who they are until all wanted clients are there, or in vain."""
+        until = time.monotonic() + (seconds if not self.seen else min(seconds, 30.0))
+        while True:
+            ids = set(grid.get_node_ids())
+            gone = [client for client, seen in self.seen.items() if seen.node_id not in ids]
+            for client in gone:
+                del self.seen[client]
+            known = {seen.node_id for seen in self.seen.values()}
+            self.greet(grid, sorted(ids - known))
+            if set(wanted) <= self.seen.keys() or time.monotonic() > until:
+                return
+            time.sleep(PAUSE)
+
+    def greet(self, grid: Grid, ids: Sequence[int]) -> None:
+        """Learns name, rows and base model of these nodes."""
+        content = RecordDict({ORDER: ConfigRecord({"run": self.run_name})})
+        wait = min(self.config.flower.wait, self.config.flower.deadline)
+        messages = [grid.create_message(content, HELLO, node_id, "hello", wait) for node_id in ids]
+        for message in grid.send_and_receive(messages, timeout=wait) if messages else []:
+            if message.has_error():
+                log.warning("a node did not introduce itself: %s", message.error.reason)
+                continue
+            seen = _seen(message.metadata.src_node_id, message.content)
+            if seen.client in self.clients:
+                self.seen[seen.client] = seen
+            else:
+                log.warning("a node calls itself %r, which the run does not know", seen.client)
+
+    def check_bases(self) -> None:
+        """ValueError, naming both, where a node holds another base model than the server."""
+        for seen in self.seen.values():
+            if seen.base != self.base:
+                raise ValueError(
+                    f"client {seen.client} holds base model {seen.base}, the server {self.base}: "
+                    "the same adapter would be two models; give both the same model.name and "
+                    "revision"
+                )
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Nothing: clients evaluate in their training message."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Nothing to aggregate."""
+        return None
+
+
+def _seen(node_id: int, content: RecordDict) -> Seen:
+    values: Mapping[str, Any] = content.config_records.get(REPLY, ConfigRecord())
+    examples = values.get("examples", 0)
+    return Seen(
+        node_id,
+        str(values.get("client", "")),
+        examples if isinstance(examples, int) else 0,
+        str(values.get("base", "")),
+    )

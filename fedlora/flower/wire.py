@@ -1,0 +1,188 @@
+"""Messages as Flower carries them: arrays and plain values, checked before anybody looks at them.
+
+No pickle: float32 arrays in NumPy's own format, and texts and numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedlora.adapter import Adapter, Part, flatten
+from fedlora.rounds import Failure, Opened, Reply
+from fedlora.rules import Plan
+
+ARRAYS, ORDER, REPLY, METRICS = "arrays", "order", "reply", "metrics"
+HEADER = 1024  # bytes that an array may take beyond its numbers
+PLAIN = (bool, int, float, str)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a client is asked to do in a round, beside the arrays; `run` names the federation."""
+
+    run: str
+    round: int
+    client: str
+    plan: Plan
+    base: str
+
+
+class WireError(ValueError):
+    """A message that is not what it should be; `code` is for machines."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+def arrays_of(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Named float32 tensors as Flower's arrays."""
+    return ArrayRecord(
+        {name: Array(np.ascontiguousarray(t.detach().numpy())) for name, t in tensors.items()}
+    )
+
+
+def tensors_of(
+    record: ArrayRecord, want: Mapping[str, tuple[int, ...]], *, free: str = ""
+) -> dict[str, Tensor]:
+    """The tensors of a record, each of the shape it should have; WireError for anything else.
+
+    Sizes are looked at before bytes are. With `free`, names that end in it or in its pair
+    (`frozen_A`, `frozen_B`) may be there as well, of any rank that their layer can have.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, array in record.items():
+        shape = tuple(array.shape)
+        if name not in want and not (free and free in name):
+            raise WireError("names", f"array {name!r} was not asked for")
+        if name in want and shape != want[name]:
+            raise WireError("shapes", f"array {name!r} has shape {shape}, expected {want[name]}")
+        if array.dtype != "float32" or array.stype != "numpy.ndarray":
+            raise WireError("dtypes", f"array {name!r} is {array.stype} of {array.dtype}")
+        if len(array.data) > 4 * int(np.prod(shape, dtype=np.int64)) + HEADER:
+            raise WireError("size", f"array {name!r} brings {len(array.data)} bytes for {shape}")
+        try:
+            values = array.numpy()
+        except (ValueError, TypeError, EOFError, OSError, SyntaxError) as error:
+            raise WireError("bytes", f"array {name!r} cannot be read: {error}") from error
+        if values.shape != shape or values.dtype != np.float32:
+            raise WireError("bytes", f"array {name!r} holds {values.dtype} of {values.shape}")
+        tensors[name] = torch.from_numpy(np.array(values, order="C"))
+    if missing := sorted(want.keys() - tensors.keys()):
+        raise WireError("names", f"array {missing[0]!r} is missing ({len(missing)} in all)")
+    return tensors
+
+
+def order_content(order: Order, tensors: Mapping[str, Tensor]) -> RecordDict:
+    """The content of a training message."""
+    values: dict[str, Any] = {
+        "run": order.run,
+        "round": order.round,
+        "client": order.client,
+        "trains": ",".join(sorted(order.plan.trains)),
+        "shares": ",".join(sorted(order.plan.shares)),
+        "receives": ",".join(sorted(order.plan.receives)),
+        "base": order.base,
+    }
+    return RecordDict({ARRAYS: arrays_of(tensors), ORDER: ConfigRecord(values)})
+
+
+def read_order(content: RecordDict) -> Order:
+    """The order of a training message; WireError where it is none."""
+    values = content.config_records.get(ORDER)
+    if values is None or ARRAYS not in content.array_records:
+        raise WireError("message", "the message holds no order with arrays")
+    texts = {key: _text(values, key) for key in ("run", "client", "base")}
+    plan = Plan(*(_parts(_text(values, key)) for key in ("trains", "shares", "receives")))
+    return Order(texts["run"], _count(values, "round"), texts["client"], plan, texts["base"])
+
+
+def reply_content(
+    order: Order, tensors: Mapping[str, Tensor], examples: int, metrics: Mapping[str, float]
+) -> RecordDict:
+    """The content of a client's reply."""
+    values: dict[str, Any] = {
+        "run": order.run,
+        "round": order.round,
+        "client": order.client,
+        "examples": examples,
+    }
+    return RecordDict(
+        {
+            ARRAYS: arrays_of(tensors),
+            REPLY: ConfigRecord(values),
+            METRICS: MetricRecord({name: float(value) for name, value in metrics.items()}),
+        }
+    )
+
+
+def refusal_content(client: str, code: str, reason: str) -> RecordDict:
+    """The content of a reply that says no."""
+    return RecordDict({REPLY: ConfigRecord({"client": client, "code": code, "reason": reason})})
+
+
+def read_reply(message: Message, client: str, run: str, opened: Opened) -> Reply | Failure:
+    """A client's answer, its arrays of the right names, shapes and type; or why it is not used.
+
+    `client` is whom the message was sent to; what a reply says of itself must agree.
+    """
+    if message.has_error():
+        return Failure(client, "error", f"client {client}: {message.error.reason or 'no reason'}")
+    try:
+        return _answer(message.content, client, run, opened)
+    except WireError as error:
+        return Failure(client, error.code, f"client {client}: {error}")
+
+
+def _answer(content: RecordDict, client: str, run: str, opened: Opened) -> Reply | Failure:
+    values = content.config_records.get(REPLY)
+    if values is None:
+        raise WireError("message", "the reply holds no record of itself")
+    if "code" in values:
+        code, reason = _text(values, "code"), _text(values, "reason")
+        return Failure(client, code[:40], f"client {client}: {reason[:400]}")
+    said = (_text(values, "run"), _count(values, "round"), _text(values, "client"))
+    if said != (run, opened.round, client):
+        raise WireError("stale", f"it answers {said}, asked was {(run, opened.round, client)}")
+    record = content.array_records.get(ARRAYS)
+    if record is None:
+        raise WireError("message", "the reply holds no arrays")
+    shapes = shapes_of(opened.held[client], opened.plan.shares)
+    tensors = tensors_of(record, shapes)
+    metrics: Mapping[str, Any] = content.metric_records.get(METRICS) or MetricRecord()
+    plain = {name: float(v) for name, v in metrics.items() if isinstance(v, int | float)}
+    return Reply(client, tensors, _count(values, "examples"), plain)
+
+
+def shapes_of(adapter: Adapter, parts: frozenset[Part]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of these parts."""
+    return {name: tuple(tensor.shape) for name, tensor in flatten(adapter, parts).items()}
+
+
+def _text(values: ConfigRecord, key: str) -> str:
+    value = values.get(key)
+    if not isinstance(value, str):
+        raise WireError("values", f"{key} = {value!r} is no text")
+    return value
+
+
+def _count(values: ConfigRecord, key: str) -> int:
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise WireError("values", f"{key} = {value!r} is no whole number")
+    return value
+
+
+def _parts(text: str) -> frozenset[Part]:
+    parts: dict[str, Part] = {"A": "A", "B": "B", "head": "head"}
+    names = [name for name in text.split(",") if name]
+    if odd := [name for name in names if name not in parts]:
+        raise WireError("values", f"{odd[0]!r} is no part of an adapter")
+    return frozenset(parts[name] for name in names)

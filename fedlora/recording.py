@@ -1,0 +1,208 @@
+"""What a run leaves while it goes on, whatever engine drives it: scores, log, checkpoints, results.
+
+Evaluates what the rounds bring and writes the run directory; trains and merges nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeAlias
+
+import torch
+
+from fedlora.adapter import Adapter
+from fedlora.base import portable_name
+from fedlora.checkpoint import Checkpoint, remove_checkpoints, save_checkpoint
+from fedlora.client import evaluation_rows
+from fedlora.config import Config
+from fedlora.data import Data
+from fedlora.evaluate import Scores, evaluate
+from fedlora.files import write_text
+from fedlora.model import Model, parameter_counts, save_adapter, save_merged, write_adapter
+from fedlora.modes import GLOBAL, Step, for_mode, loop_adapters
+from fedlora.records import Record, round_record, summary_record
+from fedlora.resume import CHECKPOINTS, Resumed
+from fedlora.robust import warning
+from fedlora.runlog import append_record, create_run, model_card, versions, write_json
+
+Watch: TypeAlias = Callable[[str, Mapping[str, Any]], None]
+Note: TypeAlias = Callable[[Step | None], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A run that is ready to start: everything checked and loaded, nothing trained."""
+
+    config: Config
+    data: Data
+    model: Model
+    start: Adapter
+    resumed: Resumed | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return run_folder(self.config)
+
+
+@dataclass(frozen=True, eq=False)
+class _Done:
+    """What is finished so far: the log, the adapters of the last round, and the best ones."""
+
+    records: Sequence[Record]
+    adapters: Mapping[str, Adapter]
+    scores: Scores | None
+    best: tuple[float, int, Mapping[str, Adapter]] | None = None
+
+    def then(self, record: Record, adapters: Mapping[str, Adapter], scores: Scores | None) -> _Done:
+        best, held = self.best, record["heldout"]
+        if held and (best is None or held["accuracy"] > best[0]):
+            best = (held["accuracy"], record["round"], adapters)
+        return _Done([*self.records, record], adapters, scores, best)
+
+
+def run_folder(config: Config) -> Path:
+    """Where a run goes: `run.out`, else runs/<name>."""
+    return Path(config.run.out) if config.run.out else Path("runs") / config.run.name
+
+
+@contextmanager
+def recording(job: Job, watch: Watch) -> Iterator[Note]:
+    """Opens the run directory and yields what is to be called after every round, None for round 0.
+
+    Each call evaluates, writes a line to the log, then the checkpoint. At the end, and where the
+    engine stops early, the results are saved: adapter, summary, card. Events: `start`, then per
+    round `evaluate` and `round`, at last `done`.
+    """
+    sizes = {
+        client: {"train": len(rows), "heldout": len(job.data.heldout[client])}
+        for client, rows in job.data.rows.items()
+    }
+    place = {"device": str(job.model.device), "threads": torch.get_num_threads()}
+    if job.resumed is None:
+        create_run(job.folder, job.config, place)
+    else:
+        job.resumed.take_up(job.folder)
+    facts = {"folder": job.folder, "clients": sizes, "rounds": job.config.run.rounds}
+    watch("start", {**facts, "notes": _notes(job, len(sizes), place)})
+    config, data = for_mode(job.config, job.data)
+    done, interrupted, began = _begun(job), True, perf_counter()
+
+    def note(step: Step | None) -> None:
+        nonlocal done, began
+        adapters = step.adapters if step else {GLOBAL: job.start}
+        round = step.round if step else 0
+        watch("evaluate", {"round": round})
+        reached = perf_counter()
+        shared, heldout = _evaluated(job.model, data, config, round, adapters)
+        spent, total = perf_counter() - reached, perf_counter() - began
+        record = round_record(
+            round, shared, heldout, step, seconds_evaluate=spent, seconds_total=total
+        )
+        began = perf_counter()  # what writing and watching take counts for the next round
+        append_record(job.folder, record)
+        done = done.then(record, adapters, shared)
+        if step is not None:
+            _keep(job.folder, step, done)
+        watch("round", record)
+
+    try:
+        yield note
+        interrupted = False
+    finally:
+        if done.records:
+            _save(job, done, sizes, interrupted)
+    remove_checkpoints(job.folder / CHECKPOINTS)
+    watch("done", {"folder": job.folder, "record": done.records[-1]})
+
+
+def _begun(job: Job) -> _Done:
+    """What is there before the first round of this process."""
+    if job.resumed is None or job.resumed.checkpoint is None:
+        return _Done([], {GLOBAL: job.start}, None)
+    checkpoint, records = job.resumed.checkpoint, job.resumed.records
+    config, data = for_mode(job.config, job.data)
+    adapters = loop_adapters(config, sorted(data.rows), checkpoint.loops)
+    scores = _evaluated(job.model, data, config, checkpoint.round, adapters)[0]
+    best = (*checkpoint.notes["best"], checkpoint.best) if checkpoint.notes["best"] else None
+    return _Done(records, adapters, scores, best)
+
+
+def _keep(folder: Path, step: Step, done: _Done) -> None:
+    """The checkpoint of a round, whose line is in the log already."""
+    best = done.best[2] if done.best else {}
+    notes = {"best": list(done.best[:2]) if done.best else []}
+    save_checkpoint(folder / CHECKPOINTS, Checkpoint(step.round, step.loops, best, notes))
+
+
+def _notes(job: Job, clients: int, place: Mapping[str, Any]) -> list[str]:
+    """What the user should know before the first round."""
+    config = job.config
+    a_round = math.ceil(config.merge.participation * clients - 1e-9)
+    federated = config.run.mode == "federated"
+    notes = [warning(config.merge.robust, a_round)] if federated else []
+    notes += job.resumed.notes(versions() | dict(place)) if job.resumed else []
+    return [note for note in notes if note]
+
+
+def _evaluated(
+    model: Model, data: Data, config: Config, round: int, adapters: Mapping[str, Adapter]
+) -> tuple[Scores | None, dict[str, Scores]]:
+    """The global adapter on the shared set, and on each client's held-out rows (or the client's
+    own).
+    """
+    rows, batch = evaluation_rows(config, data, round), config.evaluate.batch
+    if rows is None:
+        return None, {}
+    heldout: dict[str, Scores] = {}
+    shared: Scores | None = None
+    for name, adapter in adapters.items():
+        write_adapter(model, adapter)
+        if name == GLOBAL:
+            shared = evaluate(model, data.evaluation, rows, batch)
+        for client in data.heldout if name == GLOBAL else [name]:
+            if data.heldout[client].size:
+                heldout[client] = evaluate(model, data.train, data.heldout[client], batch)
+    for scores in (shared, *heldout.values()):
+        if scores is not None and not math.isfinite(scores.loss):
+            raise ValueError(
+                f"round {round}: the loss of the merged adapter is {scores.loss}: training "
+                f"diverged, lower client.lr, now {config.client.lr}"
+            )
+    return shared, heldout
+
+
+def _save(job: Job, done: _Done, sizes: Mapping[str, Any], interrupted: bool) -> None:
+    """Writes summary, adapter(s) with their model card, and what else the config asks for."""
+    config, folder = job.config, job.folder
+    trainable, base = parameter_counts(job.model)
+    summary = summary_record(
+        done.records,
+        done.scores,
+        labels=job.model.labels,
+        clients=sizes,
+        trainable=trainable,
+        base=base,
+        interrupted=interrupted,
+    )
+    wanted = {"adapter": done.adapters}
+    if config.run.save_best and done.best:
+        wanted["best"] = done.best[2]
+        summary["best"] = {"round": done.best[1], "heldout_accuracy": done.best[0]}
+    card = model_card(config, summary, portable_name(config.model.name))
+    for kind, adapters in wanted.items():
+        shutil.rmtree(folder / kind, ignore_errors=True)  # of an interrupted run that was resumed
+        for client, adapter in adapters.items():
+            place = folder / kind / client if client else folder / kind
+            save_adapter(job.model, adapter, place)
+            write_text(place / "README.md", card)
+    if config.run.save_merged and GLOBAL in done.adapters:
+        shutil.rmtree(folder / "merged", ignore_errors=True)
+        save_merged(job.model, done.adapters[GLOBAL], folder / "merged")
+    write_json(folder / "summary.json", summary)  # last: it says that all is there

@@ -1,0 +1,111 @@
+"""Taking up a run that stopped: which round it goes on from, and whether it is still the same run.
+
+Reads the run directory; trains nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora.checkpoint import Checkpoint, latest_checkpoint
+from fedlora.config import Config
+from fedlora.files import write_text
+from fedlora.runlog import read_config, read_json
+
+CHECKPOINTS = "checkpoints"
+FREE = ("run.out",)  # may differ: says where, not what
+
+
+@dataclass(frozen=True, eq=False)
+class Resumed:
+    """A stopped run: its last whole checkpoint (None: it had none yet) and its log up to there."""
+
+    checkpoint: Checkpoint | None
+    records: Sequence[dict[str, Any]]
+    problems: Sequence[str]
+    versions: Mapping[str, Any]
+
+    def take_up(self, folder: Path) -> None:
+        """Cuts the log back to the checkpoint: what came after it is made again."""
+        lines = [json.dumps(record, allow_nan=False) + "\n" for record in self.records]
+        write_text(folder / "metrics.jsonl", "".join(lines))
+
+    def notes(self, now: Mapping[str, Any]) -> list[str]:
+        """What the user should know: where it goes on, damage, and other versions than before."""
+        round = self.checkpoint.round if self.checkpoint else 0
+        notes = [f"resumed after round {round}", *self.problems]
+        keys = sorted(set(now) | set(self.versions))
+        other = [
+            f"{key} {self.versions.get(key)} then, {now.get(key)} now"
+            for key in keys
+            if key != "git" and now.get(key) != self.versions.get(key)
+        ]
+        if other:
+            notes.append(f"not on the same ground, the bits may differ: {'; '.join(other)}")
+        return notes
+
+
+def find(folder: Path, config: Config | None = None) -> tuple[Config, Resumed]:
+    """The config and the state of a stopped run; `config` is one that claims to be the same.
+
+    ValueError where the run has ended, another config is meant (with each difference), or there is
+    nothing whole to go on from.
+    """
+    own = read_config(folder)
+    summary = folder / "summary.json"
+    if summary.is_file() and not read_json(summary)["interrupted"]:
+        raise ValueError(f"{folder} has ended: there is nothing to resume")
+    if config is not None:
+        refuse_changes(folder, own, config)
+    checkpoint: Checkpoint | None = None
+    problems: list[str] = []
+    log = records(folder)
+    if any((folder / CHECKPOINTS).glob("round-*.ckpt")):
+        checkpoint, problems = latest_checkpoint(folder / CHECKPOINTS)
+        log = log[: checkpoint.round + 1]
+        if len(log) != checkpoint.round + 1:
+            raise ValueError(
+                f"{folder}: metrics.jsonl has {len(log)} whole lines, the checkpoint is of round "
+                f"{checkpoint.round}: lines are missing, and with them what the run measured"
+            )
+    elif len(log) > 2:  # a run may stop between the line of round 1 and its checkpoint
+        raise ValueError(f"{folder} has rounds in its log and no checkpoint to resume from")
+    else:
+        log = []
+    return own, Resumed(checkpoint, log, problems, read_json(folder / "versions.json"))
+
+
+def refuse_changes(folder: Path, own: Config, other: Config) -> None:
+    """ValueError that shows every setting in which a config differs from the run's own."""
+    mine, theirs = own.flat(), other.flat()
+    if theirs["data.labels"] == "[]":
+        theirs["data.labels"] = mine["data.labels"]  # the run wrote down what it found
+    changed = [
+        f"{key} = {mine[key]!r} in the run, {theirs[key]!r} now"
+        for key in mine
+        if key not in FREE and mine[key] != theirs[key]
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} was run with another config; resume it without one, or start a new run: "
+            + "; ".join(changed)
+        )
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl in order; a last line that was cut off is left out."""
+    path = folder / "metrics.jsonl"
+    found: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if record.get("round") != len(found):
+            break
+        found.append(record)
+    return found

@@ -1,0 +1,44 @@
+"""Where a run stands, read from its directory: for the person who looks after it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from fedlora.display import failure_text, round_line
+from fedlora.resume import CHECKPOINTS, records
+from fedlora.runlog import read_config, read_json
+
+
+def status_lines(folder: Path) -> list[str]:
+    """Lines of text: what runs, how far it is, the last rounds, and what can be done.
+
+    ValueError where the folder holds no run.
+    """
+    config, log = read_config(folder), records(folder)
+    rule = config.merge.rule.rpartition(".py:")[2]
+    kind = f"rule {rule}" if config.run.mode == "federated" else config.run.mode
+    lines = [f"{folder}: {kind}, seed {config.run.seed}, {_stand(folder)}"]
+    done = log[-1]["round"] if log else 0
+    lines += [f"round {done} of {config.run.rounds}"]
+    lines += [f"  round {record['round']}: {round_line(record)}" for record in log[-3:]]
+    failed = [record for record in log if record["failures"]]
+    if failed:
+        lines += [f"replies not used in {len(failed)} of {done} rounds; the last time:"]
+        lines += [f"  round {failed[-1]['round']}: {failure_text(failed[-1])}"]
+        lines += [f"    {failure['reason']}" for failure in failed[-1]["failures"]]
+    return lines
+
+
+def _stand(folder: Path) -> str:
+    summary = folder / "summary.json"
+    if summary.is_file() and not read_json(summary)["interrupted"]:
+        return "ended"
+    log = folder / "metrics.jsonl"
+    since = time.time() - log.stat().st_mtime if log.is_file() else 0.0
+    kept = sorted(path.stem for path in (folder / CHECKPOINTS).glob("round-*.ckpt"))
+    last = f"checkpoint {kept[-1]}" if kept else "no checkpoint yet"
+    return (
+        f"not ended, last sign {since:.0f} s ago, {last}; if nothing runs it any more: "
+        f"fedlora run --resume {folder}"
+    )

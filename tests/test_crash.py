@@ -1,0 +1,210 @@
+"""Killed at any moment, on a full disk, with damaged files: a run goes on to the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench import Place, adapter_bytes, summary
+from conftest import random_adapter, same_adapters
+
+from fedlora.adapter import ClientState
+from fedlora.checkpoint import (
+    Checkpoint,
+    NoCheckpointError,
+    decoded,
+    encoded,
+    latest_checkpoint,
+    save_checkpoint,
+)
+from fedlora.resume import find
+from fedlora.run import execute, prepare
+from fedlora.server import ServerState
+from fedlora.simulation import Progress
+
+pytest_plugins = ["tiny"]
+Tiny = Callable[[str], Path]
+ROUNDS = 3
+SETTINGS = {"run__rounds": ROUNDS, "client__optimiser": "keep", "merge__rule": "fedex"}
+POINTS = [
+    "start:1", "evaluate:1", "round:1", "fit:1", "fit:5", "fitted:1", "fitted:6", "evaluate:2",
+    "round:2", "fsync:2", "fsync:4", "fsync:5", "fsync:6", "fsync:9", "fsync:11", "replace:1",
+    "replace:3", "replace:4", "replaced:3", "replaced:4", "mkdtemp:1", "rename:1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, bytes, float]:
+    """A place, the bytes of an uninterrupted run in it, and its seconds."""
+    place = Place(tiny("bert"), tmp_path_factory.mktemp("crash"))
+    job = place.job("whole", **SETTINGS)
+    began = time.perf_counter()
+    execute(job)
+    return place, adapter_bytes(place.folder / "whole"), time.perf_counter() - began
+
+
+def killed_at(place: Place, name: str, point: str) -> Path:
+    """Runs in a child process that kills itself when it reaches a point for the n-th time."""
+    job = place.job(name, **SETTINGS)
+    where, _, number = point.partition(":")
+    child = os.fork()
+    if child:
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, f"{point} was never reached"
+        return job.folder
+    hits = 0
+
+    def reached(place: str) -> None:
+        nonlocal hits
+        hits += place == where
+        if place == where and hits == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def before(module: Any, function: str, name: str) -> None:
+        inner = getattr(module, function)
+
+        def outer(*args: Any, **options: Any) -> Any:
+            reached(name)
+            result = inner(*args, **options)
+            reached(f"{name}d")
+            return result
+
+        setattr(module, function, outer)
+
+    import tempfile
+
+    for module, function in ((os, "fsync"), (os, "replace"), (os, "rename"), (tempfile, "mkdtemp")):
+        before(module, function, function)
+    try:
+        execute(job, lambda event, facts: reached(event))
+    finally:
+        os._exit(0)  # whatever happens, the child must not go on as the tests
+
+
+def finished(place: Place, folder: Path) -> bytes:
+    """What a person gets who starts or resumes the run until it has ended."""
+    if not folder.exists():  # killed before there was a run
+        return adapter_bytes(place.run(folder.name, **SETTINGS))
+    if not ended(folder):
+        config, state = find(folder)
+        execute(prepare(config, state))
+    with pytest.raises(ValueError, match="has ended"):
+        find(folder)
+    return adapter_bytes(folder)
+
+
+def ended(folder: Path) -> bool:
+    return (folder / "summary.json").exists() and not summary(folder)["interrupted"]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_run_that_is_killed_at_a_step_goes_on_to_the_same_bytes(
+    whole: tuple[Place, bytes, float], point: str
+) -> None:
+    place, want, _ = whole
+    folder = killed_at(place, point.replace(":", "-"), point)
+    assert finished(place, folder) == want
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_twenty_random_moments_goes_on_to_the_same_bytes(
+    whole: tuple[Place, bytes, float],
+) -> None:
+    place, want, seconds = whole
+    rng = random.Random(3)
+    for number in range(20):
+        job = place.job(f"random-{number}", **SETTINGS)
+        child = os.fork()
+        if child == 0:
+            try:
+                execute(job)
+            finally:
+                os._exit(0)
+        time.sleep(rng.random() * seconds)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert finished(place, job.folder) == want
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("number", [5, 6, 8, 9])
+def test_a_full_or_broken_disk_says_so_and_leaves_what_was_there(
+    whole: tuple[Place, bytes, float], monkeypatch: pytest.MonkeyPatch, code: int, number: int
+) -> None:
+    place, want, _ = whole
+    folder = place.folder / f"disk-{code}-{number}"
+    job = place.job(folder.name, **SETTINGS)
+    calls, real = 0, os.fsync
+
+    def fsync(handle: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls >= number:
+            raise OSError(code, os.strerror(code))
+        real(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match=os.strerror(code)):
+            execute(job)
+    assert finished(place, folder) == want
+
+
+def checkpoint(seed: int = 0) -> Checkpoint:
+    state = ServerState(random_adapter(seed), {"merge_error": 0.1}, random_adapter(2).layers)
+    own = {"a": ClientState(random_adapter(3), random_adapter(4).dense), "b": ClientState()}
+    return Checkpoint(seed, {"": Progress(seed, state, own)}, {"": random_adapter(5)},
+                      {"best": [0.5, 1]})  # fmt: skip
+
+
+def test_a_checkpoint_is_read_back_bit_for_bit() -> None:
+    got, want = decoded(encoded(checkpoint(7))), checkpoint(7)
+    assert (got.round, got.notes) == (want.round, want.notes)
+    mine, theirs = got.loops[""], want.loops[""]
+    assert mine.round == theirs.round
+    assert mine.state.memory == theirs.state.memory
+    assert same_adapters(mine.state.adapter, theirs.state.adapter)
+    assert same_adapters(got.best[""], want.best[""])
+    assert list(mine.state.carried) == list(theirs.state.carried)
+    assert mine.clients["a"].adapter is not None
+    assert same_adapters(mine.clients["a"].adapter, random_adapter(3))
+    assert mine.clients["a"].optimiser.keys() == theirs.clients["a"].optimiser.keys()
+    assert mine.clients["b"].adapter is None
+    assert encoded(got) == encoded(want)
+
+
+def test_each_of_two_hundred_flipped_or_cut_files_is_noticed(tmp_path: Path) -> None:
+    """With the one before to fall back on it is taken, without one the folder is refused."""
+    rng = random.Random(11)
+    data = encoded(checkpoint(2))
+    save_checkpoint(tmp_path, checkpoint(1))
+    newest = save_checkpoint(tmp_path, checkpoint(2))
+    for number in range(200):
+        if number % 2:
+            place, bit = rng.randrange(len(data)), 1 << rng.randrange(8)
+            spoiled = data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :]
+        else:
+            spoiled = data[: rng.randrange(len(data))]
+        newest.write_bytes(spoiled)
+        found, problems = latest_checkpoint(tmp_path)
+        assert found.round == 1
+        assert len(problems) == 1
+        assert f"{newest} is damaged" in problems[0]
+    for path in tmp_path.iterdir():
+        path.write_bytes(spoiled)
+    with pytest.raises(NoCheckpointError, match="no whole checkpoint"):
+        latest_checkpoint(tmp_path)
+
+
+def test_only_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    for seed in range(5):
+        save_checkpoint(tmp_path, checkpoint(seed))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "round-000003.ckpt", "round-000004.ckpt"
+    ]  # fmt: skip

@@ -1,0 +1,147 @@
+"""A run that stopped goes on to the same bytes, or says why it cannot."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench import Place, adapter_bytes, records, summary
+
+from fedlora.resume import find
+from fedlora.run import execute, prepare
+
+pytest_plugins = ["tiny"]
+Tiny = Callable[[str], Path]
+
+
+@pytest.fixture
+def place(tiny: Tiny, tmp_path: Path) -> Place:
+    return Place(tiny("bert"), tmp_path)
+
+
+class Stopped(BaseException):
+    """A stop that nothing in the library catches, as a kill would be."""
+
+
+def stopped_after(
+    place: Place, name: str, round: int, event: str = "round", **changes: Any
+) -> Path:
+    """A run whose process ends in this round, without any saving."""
+    job = place.job(name, **changes)
+
+    def watch(happened: str, facts: Any) -> None:
+        if happened == event and facts.get("round") == round:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        execute(job, watch)
+    for left in ("adapter", "best"):  # what `finally` saves, a kill does not
+        shutil.rmtree(job.folder / left, ignore_errors=True)
+    (job.folder / "summary.json").unlink(missing_ok=True)
+    return job.folder
+
+
+def resumed(folder: Path) -> Path:
+    config, state = find(folder)
+    return execute(prepare(config, state))
+
+
+CASES = [
+    {},
+    {"merge__rule": "fedex"},
+    {"merge__rule": "fedsa"},
+    {"merge__rule": "rolora", "merge__participation": 0.5},
+    {"merge__residual": "carry"},
+    {"merge__head": "local", "client__optimiser": "keep"},
+    {"client__ranks": [1, 2, 3], "client__optimiser": "transport"},
+    {"run__mode": "central"},
+    {"run__mode": "local"},
+    {"run__save_best": True, "evaluate__every": 2},
+]
+
+
+@pytest.mark.parametrize("changes", CASES, ids=str)
+def test_a_resumed_run_ends_in_the_same_bytes(place: Place, changes: dict[str, Any]) -> None:
+    whole = place.run("whole", run__rounds=4, **changes)
+    folder = stopped_after(place, "stopped", 2, run__rounds=4, **changes)
+    assert resumed(folder) == folder
+    saved = sorted(path.relative_to(whole) for path in whole.rglob("adapter_model.safetensors"))
+    assert saved
+    for path in saved:
+        assert (folder / path).read_bytes() == (whole / path).read_bytes()
+    left, right = records(whole), records(folder)
+    for record in [*left, *right]:
+        del record["seconds"]
+    assert left == right
+    assert summary(folder)["final"] == summary(whole)["final"]
+    assert summary(folder)["confusion"] == summary(whole)["confusion"]
+    assert not (folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("event", "round"), [
+    ("fit", 1), ("fitted", 1), ("evaluate", 1), ("round", 0), ("round", 1), ("fit", 3), ("round", 3)
+])  # fmt: skip
+def test_a_run_may_stop_anywhere(place: Place, event: str, round: int) -> None:
+    whole = place.run("whole", run__rounds=3)
+    folder = stopped_after(place, "stopped", round, event, run__rounds=3)
+    resumed(folder)
+    assert adapter_bytes(folder) == adapter_bytes(whole)
+
+
+def test_a_run_that_was_interrupted_by_hand_is_resumed(place: Place) -> None:
+    """Its directory holds an adapter and a summary of where it stopped: they are replaced."""
+    whole = place.run("whole", run__rounds=3, run__save_best=True)
+    job = place.job("stopped", run__rounds=3, run__save_best=True)
+
+    def watch(happened: str, facts: Any) -> None:
+        if happened == "fit" and facts["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(job, watch)
+    assert summary(job.folder)["interrupted"]
+    resumed(job.folder)
+    assert not summary(job.folder)["interrupted"]
+    for kind in ("adapter", "best"):
+        assert adapter_bytes(job.folder, kind) == adapter_bytes(whole, kind)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(place: Place) -> None:
+    whole = place.run("whole", run__rounds=4)
+    folder = stopped_after(place, "stopped", 3, run__rounds=4)
+    newest = max((folder / "checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-1])
+    config, state = find(folder)
+    assert state.checkpoint is not None
+    assert state.checkpoint.round == 2
+    assert any("round-000003.ckpt is damaged" in problem for problem in state.problems)
+    execute(prepare(config, state))
+    assert adapter_bytes(folder) == adapter_bytes(whole)
+
+
+def test_without_a_whole_checkpoint_a_run_is_refused_and_untouched(place: Place) -> None:
+    folder = stopped_after(place, "stopped", 3, run__rounds=4)
+    for path in (folder / "checkpoints").iterdir():
+        path.write_bytes(b"rubbish")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"no whole checkpoint to resume from: .*damaged.*damaged"):
+        find(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_changed_config_is_refused_with_each_difference(place: Place) -> None:
+    folder = stopped_after(place, "stopped", 1)
+    with pytest.raises(
+        ValueError,
+        match=r"client\.lr = 0\.01 in the run, 0\.02 now; merge\.rule = 'fra' .*'fedavg'",
+    ):
+        find(folder, place.config("stopped", client__lr=0.02, merge__rule="fedavg"))
+    assert find(folder, place.config("elsewhere", run__name="stopped"))[1].checkpoint is not None
+
+
+def test_a_run_that_has_ended_is_not_resumed(place: Place) -> None:
+    with pytest.raises(ValueError, match="has ended: there is nothing to resume"):
+        find(place.run("whole"))
