@@ -71,7 +71,12 @@ def cli_page() -> str:
     lines += [
         "Every mistake in the input ends in one line on stderr and exit code 2; Ctrl-C in 130."
     ]
-    for name, command in sorted(group.commands.items()):  # type: ignore[attr-defined]
+    commands = dict(group.commands)  # type: ignore[attr-defined]
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        if hasattr(command, "commands"):
+            del commands[name]
+            commands |= {f"{name} {inner}": one for inner, one in command.commands.items()}
+    for name, command in sorted(commands.items()):
         words = [
             parameter.metavar or parameter.name.upper()
             for parameter in command.params

@@ -1,0 +1,165 @@
+"""A node looks before it trains: its limits, its base model, its own disk, what it is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench import Place
+from conftest import random_adapter, same_adapters
+from flower_grid import LocalGrid
+from flwr.app import Message
+
+from fedlora.adapter import ClientState
+from fedlora.flower.app import client
+from fedlora.flower.node import KEPT, keep_state, load_node, read_state, refusal
+from fedlora.flower.project import write_project
+from fedlora.flower.serving import serve
+from fedlora.flower.wire import Order, order_content
+from fedlora.rules import Plan
+
+pytest_plugins = ["tiny"]
+Tiny = Callable[[str], Path]
+PLAN = Plan(*[frozenset({"A", "B", "head"})] * 3)
+
+
+@pytest.fixture
+def place(tiny: Tiny, tmp_path: Path) -> Place:
+    return Place(tiny("bert"), tmp_path)
+
+
+def node(place: Place, **own: Any) -> Any:
+    return load_node(place.config().flat(), {"partition-id": 1} | own)
+
+
+@pytest.mark.parametrize(
+    ("own", "change", "code"),
+    [
+        ({}, {}, None),
+        ({"max-rounds": 3}, {}, None),
+        ({"max-rounds": 2}, {}, "rounds"),
+        ({"min-examples": 12}, {}, None),
+        ({"min-examples": 13}, {}, "examples"),
+        ({"rules": "fra, ffa"}, {}, None),
+        ({"rules": "ffa"}, {}, "rule"),
+        ({"base": "0000"}, {}, "base"),
+        ({}, {"base": "another"}, "base"),
+        ({}, {"client": "0"}, "client"),
+    ],
+)
+def test_a_node_refuses_what_is_beyond_its_limits(
+    place: Place, own: dict[str, Any], change: dict[str, Any], code: str | None
+) -> None:
+    ready = node(place, **own)
+    order = replace(Order("run/0", 3, "1", PLAN, ready.loaded.base), **change)
+    refused = refusal(ready, order)
+    assert (refused[0] if refused else None) == code
+
+
+def test_a_base_of_other_weights_stops_the_run_before_it_trains_and_names_both(
+    place: Place, tiny: Tiny
+) -> None:
+    flat = place.config("run").flat()
+    grid = LocalGrid(client, flat | {"model.name": str(tiny("roberta"))}, [{"partition-id": 0}])
+    want = load_node(flat, {"partition-id": 0}).loaded.base
+    with pytest.raises(ValueError, match=rf"client 0 holds base model \w+, the server {want}"):
+        serve(grid, flat | {"flower.wait": 0.1})
+    assert not (place.folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ({"colour": "red"}, "node config 'colour' is not known"),
+        ({"partition-id": 3}, r"partition-id in 0\.\.2"),
+        ({"name": "nobody"}, "the run knows no client 'nobody'; it has 0, 1, 2"),
+        ({"data": "mine.csv"}, "needs a name"),
+    ],
+)
+def test_a_node_config_that_makes_no_sense_is_refused(
+    place: Place, own: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        node(place, **own)
+
+
+def test_a_nodes_own_file_is_never_named_to_the_server(place: Place) -> None:
+    """All that it says: name, rows, fingerprint; and per round arrays, rows and metrics."""
+    flat = place.config("run", flower__clients=["north"], data__labels=["neg", "pos"],
+                        run__rounds=1).flat()  # fmt: skip
+    said: list[Message] = []
+
+    def listen(reply: Message) -> Message:
+        said.append(reply)
+        return reply
+
+    own = {"name": "north", "data": str(place.train), "state": str(place.folder / "own")}
+    serve(LocalGrid(client, flat, [own], change=listen), flat)
+    assert len(said) == 2
+    hello, trained = (message.content for message in said)
+    assert set(hello.config_records["reply"]) == {"client", "examples", "base"}
+    assert set(trained.config_records["reply"]) == {"run", "round", "client", "examples"}
+    assert set(trained.array_records) == {"arrays"}
+    text = f"{hello}{trained.config_records}{trained.metric_records}"
+    assert str(place.train) not in text
+    assert not any(word in text for word in ("good", "awful", "food"))
+
+
+def test_what_a_client_keeps_is_that_of_the_round_before_and_of_this_run(tmp_path: Path) -> None:
+    states = {n: ClientState(random_adapter(n), random_adapter(n + 9).dense) for n in (1, 2, 3)}
+    for number, state in states.items():
+        keep_state(tmp_path, "run/0", number, state)
+    assert len(list(tmp_path.iterdir())) == KEPT
+    for number, want in ((4, 3), (3, 2)):
+        got = read_state(tmp_path, "run/0", number).adapter
+        assert got is not None
+        assert same_adapters(got, random_adapter(want))
+    assert read_state(tmp_path, "other/1", 4).adapter is None
+    assert read_state(tmp_path, "run/0", 1).adapter is None
+    newest = max(tmp_path.iterdir())
+    newest.write_bytes(newest.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="its head speaks of"):
+        read_state(tmp_path, "run/0", 4)
+
+
+def test_an_order_that_is_none_is_answered_with_its_code_and_trains_nothing(place: Place) -> None:
+    flat = place.config("run").flat()
+    ready = load_node(flat, {"partition-id": 0})
+    grid = LocalGrid(client, flat, [{"partition-id": 0}])
+    (number,) = grid.get_node_ids()
+    order = Order("run/0", 1, "0", PLAN, ready.loaded.base)
+    tensors = dict(list(order_tensors(ready).items())[:-1])
+    replies = grid.send_and_receive(
+        [grid.create_message(order_content(order, tensors), "train", number, "1")]
+    )
+    (reply,) = replies
+    assert reply.content.config_records["reply"]["code"] == "names"
+    assert "is missing" in str(reply.content.config_records["reply"]["reason"])
+
+
+def order_tensors(ready: Any) -> dict[str, Any]:
+    from fedlora.adapter import flatten
+
+    return flatten(ready.start)
+
+
+def test_a_project_is_written_whole_and_holds_the_config(place: Place, tmp_path: Path) -> None:
+    import tomllib
+
+    from fedlora.config import make_config
+
+    config = place.config("run", merge__rule="fedex", client__ranks=[])
+    write_project(tmp_path / "project", config)
+    tables = tomllib.loads((tmp_path / "project" / "pyproject.toml").read_text())
+    app = tables["tool"]["flwr"]["app"]
+    flat = {f"{s}.{k}": v for s, keys in app["config"].items() for k, v in keys.items()}
+    assert make_config(flat) == config
+    assert tables["project"]["dependencies"] == []
+    assert "app = server" in (tmp_path / "project" / "federation" / "server_app.py").read_text()
+    with pytest.raises(ValueError, match="exists already"):
+        write_project(tmp_path / "project", config)
+    with pytest.raises(ValueError, match="needs no other machines"):
+        write_project(tmp_path / "other", place.config("x", run__mode="central"))
