@@ -92,7 +92,7 @@ def recording(job: Job, watch: Watch) -> Iterator[Note]:
     facts = {"folder": job.folder, "clients": sizes, "rounds": job.config.run.rounds}
     watch("start", {**facts, "notes": _notes(job, len(sizes), place)})
     config, data = for_mode(job.config, job.data)
-    done, interrupted, began = _begun(job), True, perf_counter()
+    done, began = _begun(job), perf_counter()
 
     def note(step: Step | None) -> None:
         nonlocal done, began
@@ -112,12 +112,15 @@ def recording(job: Job, watch: Watch) -> Iterator[Note]:
             _keep(job.folder, step, done)
         watch("round", record)
 
+    stopped = ""
     try:
         yield note
-        interrupted = False
+    except BaseException as error:
+        stopped = " ".join(str(error).split()) or type(error).__name__
+        raise
     finally:
         if done.records:
-            _save(job, done, sizes, interrupted)
+            _save(job, done, sizes, stopped)
     remove_checkpoints(job.folder / CHECKPOINTS)
     watch("done", {"folder": job.folder, "record": done.records[-1]})
 
@@ -178,8 +181,11 @@ def _evaluated(
     return shared, heldout
 
 
-def _save(job: Job, done: _Done, sizes: Mapping[str, Any], interrupted: bool) -> None:
-    """Writes summary, adapter(s) with their model card, and what else the config asks for."""
+def _save(job: Job, done: _Done, sizes: Mapping[str, Any], stopped: str) -> None:
+    """Writes summary, adapter(s) with their model card, and what else the config asks for.
+
+    `stopped` says what ended the run early; empty where it came to its end.
+    """
     config, folder = job.config, job.folder
     trainable, base = parameter_counts(job.model)
     summary = summary_record(
@@ -189,8 +195,10 @@ def _save(job: Job, done: _Done, sizes: Mapping[str, Any], interrupted: bool) ->
         clients=sizes,
         trainable=trainable,
         base=base,
-        interrupted=interrupted,
+        interrupted=bool(stopped),
     )
+    if stopped:
+        summary["stopped_by"] = stopped
     wanted = {"adapter": done.adapters}
     if config.run.save_best and done.best:
         wanted["best"] = done.best[2]

@@ -27,6 +27,10 @@ def status_lines(folder: Path) -> list[str]:
         lines += [f"replies not used in {len(failed)} of {done} rounds; the last time:"]
         lines += [f"  round {failed[-1]['round']}: {failure_text(failed[-1])}"]
         lines += [f"    {failure['reason']}" for failure in failed[-1]["failures"]]
+    summary = folder / "summary.json"
+    stopped = read_json(summary).get("stopped_by") if summary.is_file() else None
+    if stopped:
+        lines += [f"stopped by: {stopped}"]
     return lines
 
 

@@ -209,7 +209,7 @@ def test_the_guide_works_as_written_and_gives_the_plain_loops_bytes(
     assert deployment.answers(deployment.proxy, "/v1/fleet/pull-messages") in range(400, 500)
     deployment.shell(step("key").replace("north", "intruder"))
     deployment.start("intruder", step("supernode").replace("north", "intruder"))
-    for rule in ("fra", "fedex", "ffa"):
+    for rule in ("fra", "fedex", "ffa", "rolora"):
         config = federation(tiny, tmp_path, merge__rule=rule)
         shutil.rmtree(tmp_path / "project", ignore_errors=True)
         (tmp_path / "consortium.toml").write_text(config.toml())
@@ -220,12 +220,12 @@ def test_the_guide_works_as_written_and_gives_the_plain_loops_bytes(
         run = str(deployment.flwr("run", "project", "federation")["run-id"])
         status = deployment.wait_for_run(run)
         done = Path(config.run.out)
-        if rule == "fedex":  # the nodes allow fra and ffa only
+        if rule == "fedex":  # the nodes allow the other three only
             failed = [record["failures"] for record in records(done)]
             assert status == "finished:failed"
             assert failed == [[]]
-            log = deployment.logs()
-            assert "rule: client north: rule 'fedex' is not one of fra, ffa allowed here" in log
+            refused = "client north: rule 'fedex' is not one of fra, ffa, rolora allowed here"
+            assert refused in deployment.shell(step("status").splitlines()[0]).stdout
         else:
             assert status == "finished:completed", deployment.logs()
             assert adapter_bytes(done) == plain_bytes(config, tmp_path)
