@@ -232,7 +232,7 @@ def test_the_guide_works_as_written_and_gives_the_plain_loops_bytes(
             assert "ended" in deployment.shell(step("status")).stdout
         shutil.rmtree(tmp_path / "plain", ignore_errors=True)
         done.rename(tmp_path / f"done-{rule}")
-    listed = json.dumps(deployment.flwr("supernode", "list", "federation"))
-    assert all(name in listed for name in NODES)
-    assert "intruder" not in listed
-    assert deployment.processes["intruder"].poll() is not None, "a key that nobody registered"
+    (nodes,) = [v for v in deployment.flwr("supernode", "list", "federation").values()
+                if isinstance(v, list)]  # fmt: skip
+    assert len(nodes) == len(NODES)
+    assert "Connection attempt failed" in (tmp_path / "intruder.log").read_text()
