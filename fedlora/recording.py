@@ -161,7 +161,7 @@ def _evaluated(
     own).
     """
     rows, batch = evaluation_rows(config, data, round), config.evaluate.batch
-    if rows is None:
+    if rows is None or not len(rows):  # not now, or the server has nothing to evaluate on
         return None, {}
     heldout: dict[str, Scores] = {}
     shared: Scores | None = None

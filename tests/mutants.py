@@ -127,8 +127,9 @@ MUTANTS = [Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
     ("state-of-another", "simulation.py", "states.get(client, ClientState())",
      "next(reversed(states.values()), ClientState())", "a head leaks to the next client",
      "simulate"),
-    ("bytes-of-everything", "simulation.py", "up += byte_count(shared)",
-     "up += byte_count(flatten(result.adapter))", "FFA's uploads look like FedAvg's", "simulate"),
+    ("bytes-of-everything", "simulation.py",
+     "shared = flatten(copied(result.adapter), opened.plan.shares)",
+     "shared = flatten(copied(result.adapter))", "FFA's uploads look like FedAvg's", "simulate"),
     # ------------------------------------------------------------ streams, rows, settings
     ("seeds-run-together", "seeding.py", '"\\x1f".join(', '"".join(',
      "client a in round 12 draws as client a1 in round 2", "seeding"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import Place
+from bench import Place, records
 from conftest import random_adapter, same_adapters
 from flower_grid import LocalGrid
 from flwr.app import Message
@@ -106,6 +106,17 @@ def test_a_nodes_own_file_is_never_named_to_the_server(place: Place) -> None:
     text = f"{hello}{trained.config_records}{trained.metric_records}"
     assert str(place.train) not in text
     assert not any(word in text for word in ("good", "awful", "food"))
+
+
+def test_a_server_without_data_of_its_own_runs_all_the_same(place: Place) -> None:
+    flat = place.config("run", flower__clients=["north"], data__labels=["neg", "pos"],
+                        data__evaluate="").flat()  # fmt: skip
+    own = {"name": "north", "data": str(place.train), "state": str(place.folder / "own")}
+    folder = serve(LocalGrid(client, flat, [own]), flat)
+    log = records(folder)
+    assert [record["global"] for record in log] == [None, None, None]
+    assert log[-1]["clients"]["north"]["evaluation"]["examples"] == 12  # what it holds out itself
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_what_a_client_keeps_is_that_of_the_round_before_and_of_this_run(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from fedlora.adapter import WHOLE, flatten
 from fedlora.config import Config, make_config
-from fedlora.data import Data, encode, read_silos, tokenised
+from fedlora.data import Data, Examples, encode, read_silos, tokenised
 from fedlora.flower.node import load_shared
 from fedlora.flower.strategy import FedloraStrategy
 from fedlora.flower.wire import arrays_of
@@ -88,7 +88,8 @@ def _job(config: Config, resumed: Resumed | None) -> tuple[Job, str]:
         examples = encode(table, label_ids(table, labels), model.tokenizer, config.data.max_length)
         data = Data(examples, {}, {}, examples, np.arange(len(examples)))
     else:
-        data = Data(None, {}, {}, None, np.arange(0))  # type: ignore[arg-type]
+        none = Examples({}, np.arange(0), np.arange(0), {})
+        data = Data(none, {}, {}, none, np.arange(0))
     return Job(config, data, model, start, resumed), base
 
 

@@ -1,0 +1,78 @@
+"""Deliberate bugs of what must hold when things break: checkpoints, rounds, messages, nodes.
+
+    python tests/mutants_faults.py [--list] [--only NAME]
+
+Same form and same hunt as in mutants.py.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import mutants
+
+# fmt: off
+MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
+    # ------------------------------------------------------------ checkpoints
+    ("hash-not-looked-at", "checkpoint.py",
+     "if hashlib.sha256(lengths + data[start:]).digest() != digest:", "if False:",
+     "a flipped bit becomes a weight", "crash"),
+    ("last-checkpoint-only", "checkpoint.py", "KEPT = 2", "KEPT = 1",
+     "nothing to fall back on", "crash resume"),
+    ("state-left-out", "checkpoint.py", "for client, own in progress.clients.items()",
+     "for client, own in ()", "kept moments are lost in a crash", "crash resume"),
+    ("carried-left-out", "checkpoint.py", "carried = Adapter({}, {}, state.carried)",
+     "carried = Adapter({}, {}, {})", "what is owed is forgotten in a crash", "resume"),
+    ("resumes-a-round-late", "simulation.py", "for round in range(done + 1, rounds + 1):",
+     "for round in range(done + (2 if progress else 1), rounds + 1):", "a round is skipped",
+     "resume"),
+    ("log-not-cut-back", "resume.py", "log = log[: checkpoint.round + 1]", "pass",
+     "rounds stand in the log twice", "resume crash"),
+    ("changes-let-in", "resume.py", "if changed:", "if False:",
+     "a run goes on as another", "resume"),
+    ("summary-first", "recording.py",
+     "    card = model_card(config, summary, portable_name(config.model.name))",
+     "    write_json(folder / 'summary.json', summary)\n"
+     "    card = model_card(config, summary, portable_name(config.model.name))",
+     "a run that died while saving says that it ended", "crash"),
+    ("temporary-stays", "files.py", "        temporary.replace(path)\n    sync",
+     "        path.write_bytes(data)\n    sync",
+     "a file is written in place", "crash peft_roundtrip"),
+    # ------------------------------------------------------------ rounds
+    ("too-few-merge", "rounds.py",
+     "if len(good) < (policy.min_clients or len(opened.messages)):", "if not good:",
+     "one reply of many makes a round", "flower_faults status"),
+    ("failures-not-counted", "rounds.py", "count = state.memory.get(FAILED, 0.0) + 1", "count = 1",
+     "a dead federation runs for ever", "flower_faults"),
+    ("missing-not-named", "rounds.py", "sorted(opened.messages.keys() - answered)", "[]",
+     "a silent client is in no log", "flower_faults"),
+    ("no-examples-taken", "rounds.py", "if reply.examples <= 0:", "if False:",
+     "a weight of zero, or below", "flower_faults"),
+    # ------------------------------------------------------------ messages and nodes
+    ("any-shape", "flower/wire.py", "if name in want and shape != want[name]:", "if False:",
+     "what broadcasts is merged", "flower_faults"),
+    ("any-size", "flower/wire.py",
+     "if len(array.data) > 4 * int(np.prod(shape, dtype=np.int64)) + HEADER:", "if False:",
+     "a small array brings a large message", "flower_faults"),
+    ("stale-taken", "flower/wire.py", "if said != (run, opened.round, client):", "if False:",
+     "last week's answer is merged", "flower_faults"),
+    ("limits-ignored", "flower/node.py", "if rule not in allowed:", "if False:",
+     "a server talks a node into another rule", "flower_node"),
+    ("any-base", "flower/node.py", "if order.base != node.loaded.base:", "if False:",
+     "an adapter for another model is trained", "flower_node"),
+    ("bases-not-compared", "flower/strategy.py", "if seen.base != self.base:", "if False:",
+     "the mismatch shows after hours, or never", "flower_node"),
+    ("state-of-this-round", "flower/node.py",
+     'if int(path.stem.removeprefix("round-")) < round:', "if True:",
+     "a repeated round starts where it ended", "flower_node flower_faults"),
+    ("state-of-another-run", "flower/node.py",
+     "return state if owner == run else ClientState()", "return state",
+     "a new run begins with an old one's moments", "flower_node"),
+    ("rounds-from-one-again", "flower/strategy.py", "self.done_before + server_round,",
+     "server_round,", "a resumed run repeats its first rounds", "flower_faults"),
+]]
+# fmt: on
+
+if __name__ == "__main__":
+    mutants.MUTANTS = MUTANTS
+    sys.exit(mutants.main())
