@@ -35,9 +35,9 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "    write_json(folder / 'summary.json', summary)\n"
      "    card = model_card(config, summary, portable_name(config.model.name))",
      "a run that died while saving says that it ended", "crash"),
-    ("temporary-stays", "files.py", "        temporary.replace(path)\n    sync",
-     "        path.write_bytes(data)\n    sync",
-     "a file is written in place", "crash peft_roundtrip"),
+    ("written-in-place", "files.py", "    temporary.replace(path)\n    sync",
+     "    path.write_bytes(data)\n    temporary.unlink()\n    sync",
+     "a file that is half old and half new", "crash peft_roundtrip"),
     # ------------------------------------------------------------ rounds
     ("too-few-merge", "rounds.py",
      "if len(good) < (policy.min_clients or len(opened.messages)):", "if not good:",
