@@ -236,3 +236,29 @@ def test_the_guide_works_as_written_and_gives_the_plain_loops_bytes(
                 if isinstance(v, list)]  # fmt: skip
     assert len(nodes) == len(NODES)
     assert "Connection attempt failed" in (tmp_path / "intruder.log").read_text()
+
+
+def test_a_killed_superlink_and_a_killed_node_cost_time_and_no_bit(
+    tiny: Tiny, tmp_path: Path, deployment: Deployment
+) -> None:
+    """SIGKILL in the middle of a round, ServerApp included; then the guide's `flwr run` again."""
+    config = federation(tiny, tmp_path, run__rounds=3, client__optimiser="keep")
+    (tmp_path / "consortium.toml").write_text(config.toml())
+    deployment.shell(step("run").splitlines()[0])
+    deployment.flwr("run", "project", "federation")
+    log = Path(config.run.out) / "metrics.jsonl"
+    deployment.wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 1, 150)
+    time.sleep(3)  # round 2 is under way
+    deployment.stop("superlink", signal.SIGKILL)
+    deployment.stop("south", signal.SIGKILL)
+    assert "not ended" in deployment.shell(step("status").splitlines()[0]).stdout
+    deployment.start("superlink", step("superlink"))
+    deployment.wait_for(lambda: deployment.answers(deployment.link, "/v1/control/list-runs") > 0)
+    until = time.monotonic() + 150
+    while "south" not in deployment.processes or deployment.processes["south"].poll() is not None:
+        assert time.monotonic() < until, deployment.logs()
+        deployment.node("south")  # as a supervisor would, with a pause
+        time.sleep(10)
+    run = str(deployment.flwr("run", "project", "federation")["run-id"])
+    assert deployment.wait_for_run(run, 300) == "finished:completed", deployment.logs()
+    assert adapter_bytes(Path(config.run.out)) == plain_bytes(config, tmp_path)
