@@ -59,6 +59,17 @@ def test_failures_are_shown_with_their_reasons(place: Place) -> None:
     assert "    its disk is full" in lines
 
 
+def test_without_leave_to_do_so_a_round_is_not_made_of_fewer_than_all(place: Place) -> None:
+    job = place.job(run__rounds=2)
+
+    def watch(event: str, facts: Any) -> None:
+        if event == "fit" and facts["client"] == "1":
+            raise ValueError("its disk is full")
+
+    with pytest.raises(ValueError, match=r"round 1: 2 of 3 clients .*its disk is full"):
+        execute(job, watch)
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a run directory"):
         status_lines(tmp_path)
