@@ -79,7 +79,7 @@ def steps(
     loops = loops or {}
     if config.run.mode == "federated":
         rounds = _federation(config, fit, start, clients, loops.get(GLOBAL))
-        yield from (_merged(config, clients, round) for round in rounds)
+        yield from map(_merged, rounds)
         return
     alone = [_alone(config, fit, start, client, loops.get(client)) for client in clients]
     for together in zip(*alone, strict=True):
@@ -168,10 +168,10 @@ def _alone(
     )
 
 
-def _merged(config: Config, clients: list[str], round: Round) -> Step:
+def _merged(round: Round) -> Step:
     return Step(
         round.round,
-        loop_adapters(config, clients, {GLOBAL: round.progress}),
+        round.personal or {GLOBAL: round.state.adapter},
         round.results,
         round.state.memory,
         round.bytes_up,
