@@ -192,15 +192,24 @@ def frobenius(factors: Factors) -> float:
     return factors.scaling * math.hypot(*(float((factors.B @ strip).norm()) for strip in strips))
 
 
-def sketched_frobenius(factors: Factors, vectors: int = 64) -> float:
-    """||delta W||_F estimated from what it does to fixed random vectors; O(r (m + n)) each.
+def sketched_frobenius(
+    terms: Iterable[Factors], weights: Iterable[Tensor | float], vectors: int = 64
+) -> float:
+    """||sum_k w_k delta W_k||_F estimated from what it does to fixed random vectors.
 
-    Within a few percent (Hutchinson 1989): for ranks at which `frobenius` costs more than a merge.
+    Within a few percent (Hutchinson 1989), in O(r (m + n)) a vector and term: for ranks at which
+    `frobenius` of the mix costs more than a merge. `terms` may be lazy: they are read once.
     """
-    drawn = torch.randn(
-        factors.A.shape[1], vectors, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    ).to(factors.A)
-    return factors.scaling * float((factors.B @ (factors.A @ drawn)).norm()) / math.sqrt(vectors)
+    drawn: Tensor | None = None
+    total: Tensor | None = None
+    for weight, term in zip(weights, terms, strict=True):
+        if drawn is None:
+            stream = torch.Generator().manual_seed(0)
+            drawn = torch.randn(term.shape[1], vectors, generator=stream, dtype=torch.float64)
+            drawn = drawn.to(term.A)
+        moved = (weight * term.scaling) * (term.B @ (term.A @ drawn))
+        total = moved if total is None else total + moved
+    return 0.0 if total is None else float(total.norm()) / math.sqrt(vectors)
 
 
 def rescaled(factors: Factors, scaling: float) -> Factors:

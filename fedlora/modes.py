@@ -16,10 +16,11 @@ from fedlora.adapter import Adapter, ClientResult, lora_scaling
 from fedlora.config import Config
 from fedlora.data import Data
 from fedlora.policy import Head, Policy, Receiver
+from fedlora.robust import fewest
 from fedlora.rounds import Failure
 from fedlora.rules import Rule, get_rule
-from fedlora.server import plan_round
-from fedlora.simulation import Fit, Progress, Round, personal_adapters, simulate
+from fedlora.server import plan_round, round_size
+from fedlora.simulation import Fit, Progress, Round, Shelve, personal_adapters, simulate
 
 CENTRAL = "central"
 GLOBAL = ""  # the key of the one adapter that all share
@@ -71,14 +72,15 @@ def steps(
     start: Adapter,
     clients: list[str],
     loops: Mapping[str, Progress] | None = None,
+    shelve: Shelve = lambda tensors: tensors,
 ) -> Iterator[Step]:
     """Runs the rounds of the config's mode; `clients` are those of `for_mode`'s data.
 
-    With `loops`, those of an earlier step, the rounds after it.
+    With `loops`, those of an earlier step, the rounds after it. `shelve` as in `simulate`.
     """
     loops = loops or {}
     if config.run.mode == "federated":
-        rounds = _federation(config, fit, start, clients, loops.get(GLOBAL))
+        rounds = _federation(config, fit, start, clients, loops.get(GLOBAL), shelve)
         yield from map(_merged, rounds)
         return
     alone = [_alone(config, fit, start, client, loops.get(client)) for client in clients]
@@ -104,8 +106,18 @@ def loop_adapters(
 
 
 def merge_policy(config: Config, clients: list[str]) -> Policy:
-    """What the config's server does around its rule, for these clients."""
+    """What the config's server does around its rule, for these clients.
+
+    ValueError where a round can have fewer replies than the robust method needs.
+    """
     merge = config.merge
+    needed = fewest(merge.robust, merge.robust_faulty)
+    asked = round_size(len(clients), merge.participation)
+    if (config.run.min_clients or asked) < needed or asked < needed:
+        raise ValueError(
+            f"merge.robust = {merge.robust!r} needs {needed} replies in a round: {asked} clients "
+            f"are asked and run.min_clients = {config.run.min_clients} (0: all)"
+        )
     return Policy(
         weighting=merge.weights,
         head=merge.head,
@@ -137,7 +149,12 @@ def _rule(config: Config) -> Rule:
 
 
 def _federation(
-    config: Config, fit: Fit, start: Adapter, clients: list[str], progress: Progress | None
+    config: Config,
+    fit: Fit,
+    start: Adapter,
+    clients: list[str],
+    progress: Progress | None,
+    shelve: Shelve,
 ) -> Iterator[Round]:
     return simulate(
         _rule(config),
@@ -149,6 +166,7 @@ def _federation(
         participation=config.merge.participation,
         policy=merge_policy(config, clients),
         progress=progress,
+        shelve=shelve,
     )
 
 

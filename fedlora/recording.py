@@ -30,6 +30,7 @@ from fedlora.records import Record, round_record, summary_record
 from fedlora.resume import CHECKPOINTS, Resumed
 from fedlora.robust import warning
 from fedlora.runlog import append_record, create_run, model_card, versions, write_json
+from fedlora.server import round_size
 
 Watch: TypeAlias = Callable[[str, Mapping[str, Any]], None]
 Note: TypeAlias = Callable[[Step | None], None]
@@ -147,7 +148,7 @@ def _keep(folder: Path, step: Step, done: _Done) -> None:
 def _notes(job: Job, clients: int, place: Mapping[str, Any]) -> list[str]:
     """What the user should know before the first round."""
     config = job.config
-    a_round = math.ceil(config.merge.participation * clients - 1e-9)
+    a_round = round_size(clients, config.merge.participation)
     federated = config.run.mode == "federated"
     notes = [warning(config.merge.robust, a_round)] if federated else []
     notes += job.resumed.notes(versions() | dict(place)) if job.resumed else []

@@ -55,6 +55,11 @@ def robust_coefficients(
     raise ValueError(f"unknown robust method {method!r}")
 
 
+def fewest(method: Robust, faulty: int) -> int:
+    """The replies that a round needs for the method to be defined; 0: any number will do."""
+    return faulty + 3 if method == "multi_krum" else 0
+
+
 def update_gram(sent: Sequence[Adapter], received: Sequence[Adapter]) -> Float64[Tensor, "k k"]:
     """<D_k, D_j> of what each client changed in what it was sent; O(k^2 r^2 (m + n)) a layer."""
     clients = len(received)
@@ -90,10 +95,10 @@ def warning(method: Robust, clients: int) -> str:
 
 def _multi_krum(gram: Tensor, weights: Tensor, faulty: int) -> Tensor:
     clients = len(weights)
-    bad = faulty or max(0, (clients - 3) // 2)
-    if clients < bad + 3:
+    bad, needed = faulty or max(0, (clients - 3) // 2), fewest("multi_krum", faulty)
+    if clients < needed:
         raise ValueError(
-            f"multi_krum with {bad} faulty clients needs {bad + 3} in a round, got {clients}"
+            f"multi_krum with {bad} faulty clients needs {needed} in a round, got {clients}"
         )
     nearest = _distances(gram).sort(dim=1).values[:, 1 : clients - bad - 1]
     order = nearest.square().sum(dim=1).argsort(stable=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from fedlora.adapter import Adapter, ClientResult, ClientState, byte_count, overlay
-from fedlora.policy import Policy, cut_for
+from fedlora.policy import Policy, Receiver, cut_for
 from fedlora.rules import Plan, Rule
 from fedlora.server import ServerState, aggregate, downlink, plan_round, receive, sample_clients
 
@@ -81,10 +81,13 @@ def open_round(
     plan = plan_round(rule, policy.head, state, round)
     messages: dict[str, Mapping[str, Tensor]] = {}
     held: dict[str, Adapter] = {}
+    made: dict[Receiver | None, tuple[Mapping[str, Tensor], Adapter]] = {}
     for client in sample_clients(clients, participation, seed, round):
         receiver = policy.receivers.get(client)
-        messages[client] = downlink(state, plan, receiver)
-        held[client] = overlay(messages[client], cut_for(start, receiver))
+        if receiver not in made:  # one message for all that are alike
+            message = downlink(state, plan, receiver)
+            made[receiver] = message, overlay(message, cut_for(start, receiver))
+        messages[client], held[client] = made[receiver]
     return Opened(round, plan, messages, held)
 
 

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import torch
 
-from fedlora.adapter import Adapter, ClientResult, ClientState
+from fedlora.adapter import Adapter, ClientResult, ClientState, byte_count, flatten
 from fedlora.client import make_fit
 from fedlora.config import Config
 from fedlora.data import read_silos, tokenised
 from fedlora.model import load_model, longest_input, read_adapter
-from fedlora.modes import for_mode, steps
+from fedlora.modes import for_mode, merge_policy, steps
 from fedlora.recording import Job, Watch, recording, run_folder
 from fedlora.resume import Resumed
 from fedlora.rules import Plan, get_rule
 from fedlora.runlog import check_new
-from fedlora.server import rehearse
+from fedlora.server import rehearse, round_size
+from fedlora.shelf import shelf
 from fedlora.simulation import Fit
 
 
@@ -50,6 +51,7 @@ def prepare(config: Config, resumed: Resumed | None = None) -> Job:
     start = read_adapter(model)
     if config.run.mode == "federated":
         rehearse(get_rule(config.merge.rule, **config.merge.options), start)
+        merge_policy(config, sorted(silos.parts))
     data = tokenised(config, silos, model.tokenizer)
     return Job(config, data, model, start, resumed)
 
@@ -67,8 +69,11 @@ def execute(job: Job, watch: Watch = lambda event, facts: None) -> Path:
     with recording(job, watch) as note:
         if checkpoint is None:
             note(None)
-        loops = checkpoint.loops if checkpoint else None
-        for step in steps(config, fit, job.start, sorted(data.rows), loops):
+        loops, clients = checkpoint.loops if checkpoint else None, sorted(data.rows)
+        replies = round_size(len(clients), config.merge.participation)
+        expected = replies * byte_count(flatten(job.start))
+        shelve = shelf(job.folder, expected, config.run.replies_mb * 10**6)
+        for step in steps(config, fit, job.start, clients, loops, shelve):
             note(step)
     return job.folder
 

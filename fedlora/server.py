@@ -6,8 +6,10 @@ Knows rules and adapters; no model, no transport, no file.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -42,6 +44,7 @@ from fedlora.rules import Plan, Residual, Rule
 from fedlora.seeding import numpy_generator
 
 EXACT = 8e9  # multiplications up to which the norm of a layer is exact
+HELD = 2**25  # bytes of one layer of all clients up to which they are converted at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +85,14 @@ def sample_clients(
     ids = sorted(clients)
     if not 0 < participation <= 1:
         raise ValueError(f"participation {participation!r} is outside (0, 1]")
-    count = max(1, math.ceil(participation * len(ids) - 1e-9))
+    count = round_size(len(ids), participation)
     chosen = numpy_generator(seed, "sample", round).permutation(len(ids))[:count]
     return sorted(ids[index] for index in chosen)
+
+
+def round_size(clients: int, participation: float) -> int:
+    """How many of the clients take part in a round: ceil(participation * K), at least one."""
+    return max(1, math.ceil(participation * clients - 1e-9))
 
 
 def downlink(state: ServerState, plan: Plan, receiver: Receiver | None = None) -> dict[str, Tensor]:
@@ -140,7 +148,8 @@ def aggregate(
     `fold_rank` cut; `carried`, what the next round still owes; and `frozen_rank`, the largest rank
     of the folded increments. float32 at rest puts the floor of the errors near 1e-7; where a norm
     would cost more than the merge (1,600 rank rows of a 4096 x 4096 layer) it is sketched, within a
-    few percent.
+    few percent. Where one layer of all clients is large (32 MB) a rule gets them lazily, so that
+    one which reads them one after another (means of factors) needs the memory of one.
     """
     if not results:
         raise ValueError(f"round {round} has no results to merge: keep the last adapter instead")
@@ -150,7 +159,8 @@ def aggregate(
         raise ValueError(f"round {round} holds two results of one client: {', '.join(names)}")
     fate = residual_policy(rule, policy.residual)
     merging = _Merging(with_residual(rule, fate), fate, policy.fold_rank, round)
-    sent = [cut_for(state.adapter, policy.receivers.get(name)) for name in names]
+    made = {r: cut_for(state.adapter, r) for r in {policy.receivers.get(name) for name in names}}
+    sent = [made[policy.receivers.get(name)] for name in names]
     parts = terms(rule, sent, ordered, policy)
     done = {
         name: _merged_layer(merging, state, parts, name) for name in sorted(state.adapter.layers)
@@ -202,12 +212,12 @@ def _merged_layer(
 ) -> _Layer:
     """One layer of all terms merged, its residual folded or carried."""
     prev = _precise(state.adapter.layers[name])
-    factors = [term.factors(name, prev.scaling) for term in parts]
     weights = torch.tensor([term.coefficient for term in parts], dtype=torch.float64)
     frozen, carried = state.adapter.frozen.get(name), state.carried.get(name)
     if carried is not None:
-        factors.append(_precise(carried))
         weights = torch.cat([weights, weights.new_ones(1)])
+    lazy = _Terms(parts, name, prev.scaling, carried)
+    factors: Sequence[Factors] = lazy if lazy.size > HELD else list(lazy)
     try:
         answer = merging.rule.combine(prev, factors, weights, merging.round)
     except ValueError as error:
@@ -216,19 +226,55 @@ def _merged_layer(
         (answer.factors, answer.residual) if isinstance(answer, Merged) else (answer, None)
     )
     result = converted(merged, torch.float32, "cpu")
-    wanted = mix(factors, weights, merged.scaling)
-    lost = mix([wanted, _precise(result)], [1.0, -1.0], merged.scaling)
+    lost = [(-1.0, _precise(result))]
     cut = owed = 0.0
     if merging.fate == "fold" and residual is not None:
         pressed = _folded(frozen, residual, merging.fold_rank)
         frozen, cut = pressed.factors, frobenius(pressed.residual)
-        lost = mix([lost, residual, pressed.residual], [1.0, -1.0, 1.0], merged.scaling)
+        lost += [(-1.0, residual), (1.0, pressed.residual)]
     if merging.fate == "carry" and residual is not None:
         carried = compress(residual, merging.fold_rank or None).factors
         owed = frobenius(carried)
     return _Layer(
-        result, _at_rest(frozen), _at_rest(carried), _size(lost), _size(wanted), cut, owed
+        result,
+        _at_rest(frozen),
+        _at_rest(carried),
+        _size(factors, weights, lost),
+        _size(factors, weights),
+        cut,
+        owed,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Terms(Sequence[Factors]):
+    """One layer of all terms, each converted to float64 when it is read."""
+
+    parts: Sequence[Term]
+    name: str
+    scaling: float
+    carried: Factors | None
+
+    def __len__(self) -> int:
+        return len(self.parts) + (self.carried is not None)
+
+    @overload
+    def __getitem__(self, index: int) -> Factors: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Factors]: ...
+    def __getitem__(self, index: int | slice) -> Factors | list[Factors]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        place = range(len(self))[index]
+        if place == len(self.parts) and self.carried is not None:
+            return _precise(self.carried)
+        return self.parts[place].factors(self.name, self.scaling)
+
+    @property
+    def size(self) -> int:
+        """Bytes in float64."""
+        layers = [term.adapter.layers[self.name] for term in self.parts]
+        return sum(8 * (factors.A.numel() + factors.B.numel()) for factors in layers)
 
 
 def _folded(frozen: Factors | None, residual: Factors, cap: int) -> Merged:
@@ -252,11 +298,21 @@ def _figures(fate: Residual, layers: Mapping[str, _Layer]) -> dict[str, float]:
     return figures
 
 
-def _size(factors: Factors) -> float:
-    """||delta W||_F, sketched where the exact one would cost more than the merge."""
-    m, n = factors.shape
-    cost = factors.rank * min(factors.rank * (m + n), m * n)
-    return frobenius(factors) if cost <= EXACT else sketched_frobenius(factors)
+def _size(
+    terms: Sequence[Factors], weights: Tensor, more: Iterable[tuple[float, Factors]] = ()
+) -> float:
+    """The norm of the weighted sum and of some terms more, sketched where the exact one would cost
+    more than the merge.
+    """
+    added = list(more)
+    coefficients = [*weights.tolist(), *(coefficient for coefficient, _ in added)]
+    every = chain(terms, (factors for _, factors in added))
+    if isinstance(terms, _Terms):
+        return sketched_frobenius(every, coefficients)
+    whole = mix(every, coefficients, 1.0)
+    m, n = whole.shape
+    cost = whole.rank * min(whole.rank * (m + n), m * n)
+    return frobenius(whole) if cost <= EXACT else sketched_frobenius([whole], [1.0])
 
 
 def _at_rest(factors: Factors | None) -> Factors | None:

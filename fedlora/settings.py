@@ -59,6 +59,11 @@ class RunSettings:
     max_failed_rounds: int = setting(
         1, "rounds in a row with too few replies that end the run, resumable", low=1
     )
+    replies_mb: int = setting(
+        1024,
+        "MB that a round's replies may take in memory; else they wait on disk, in the run folder",
+        low=0,
+    )
     save_best: bool = setting(False, "also keep the best adapter, chosen on held-out training rows")
     save_merged: bool = setting(False, "also write the base model with the final adapter merged in")
 

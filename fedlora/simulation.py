@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TypeAlias
 
+from torch import Tensor
+
 from fedlora.adapter import Adapter, ClientResult, ClientState, byte_count, copied, flatten, overlay
 from fedlora.policy import PLAIN, Policy, cut_for
 from fedlora.rounds import Failure, Opened, Reply, close_round, open_round
@@ -17,6 +19,7 @@ from fedlora.rules import Plan, Rule
 from fedlora.server import ServerState
 
 Fit: TypeAlias = Callable[[str, int, Plan, Adapter, ClientState], ClientResult]
+Shelve: TypeAlias = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +72,15 @@ def simulate(
     participation: float = 1.0,
     policy: Policy = PLAIN,
     progress: Progress | None = None,
+    shelve: Shelve = lambda tensors: tensors,
 ) -> Iterator[Round]:
     """Runs the rounds up to `rounds` one after another and yields each as it ends.
 
     `fit(client, round, plan, adapter, state)` is a client's half; a ValueError of it is that
     client's failure. Clients run in sorted order; as `fit` depends on its arguments alone, any
     order gives the same bits. Client state stays in a dict here. With `progress` the rounds after
-    it are run, to the same bits as without the pause. FederationError as in `close_round`.
+    it are run, to the same bits as without the pause. `shelve` puts a reply's tensors where they
+    wait for the others (out of memory, for many clients). FederationError as in `close_round`.
     """
     state, states, done = ServerState(start), dict[str, ClientState](), 0
     if progress is not None:
@@ -85,7 +90,7 @@ def simulate(
             rule, start, state, round, clients,
             seed=seed, participation=participation, policy=policy,
         )  # fmt: skip
-        replies = [_answer(fit, opened, client, states) for client in opened.messages]
+        replies = [_answer(fit, opened, client, states, shelve) for client in opened.messages]
         states |= {reply.client: reply.state for reply in replies if isinstance(reply, Reply)}
         began = perf_counter()
         closed = close_round(rule, opened, state, replies, policy)
@@ -115,7 +120,7 @@ def personal_adapters(
 
 
 def _answer(
-    fit: Fit, opened: Opened, client: str, states: Mapping[str, ClientState]
+    fit: Fit, opened: Opened, client: str, states: Mapping[str, ClientState], shelve: Shelve
 ) -> Reply | Failure:
     """The client's half, on copies of all that it is given."""
     state = states.get(client, ClientState())
@@ -124,4 +129,4 @@ def _answer(
     except ValueError as error:
         return Failure(client, "raised", str(error))
     shared = flatten(copied(result.adapter), opened.plan.shares)
-    return Reply(client, shared, result.examples, result.metrics, result.state)
+    return Reply(client, shelve(shared), result.examples, result.metrics, result.state)

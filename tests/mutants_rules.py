@@ -56,8 +56,8 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
     ("cap-ignored", "server.py", "return compress(whole, cap or None)", "return compress(whole)",
      "the folded increment grows without end", "residuals"),
     ("carry-forgotten", "server.py",
-     "factors.append(_precise(carried))\n        weights = torch.cat("
-     "[weights, weights.new_ones(1)])", "pass", "what is owed is never paid", "residuals"),
+     "weights = torch.cat([weights, weights.new_ones(1)])", "carried = None",
+     "what is owed is never paid", "residuals"),
     ("frozen-not-sent", "server.py", 'plan.receives | {"frozen"})', "plan.receives)",
      "late joiners train on another model", "residuals"),
     ("frozen-not-used", "model.py", "return output + linear(", "return output + 0 * linear(",

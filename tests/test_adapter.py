@@ -241,10 +241,13 @@ def test_byte_count_is_the_arrays_alone() -> None:
 def test_a_sketched_norm_is_within_a_few_percent_and_the_same_twice() -> None:
     for seed in range(10):
         factors = random_factors(seed, 40, 30, 12)
-        assert sketched_frobenius(factors) == pytest.approx(float(dense(factors).norm()), rel=0.15)
-        assert sketched_frobenius(factors) == sketched_frobenius(factors)
+        other = random_factors(seed + 10, 40, 30, 3)
+        exact = float((0.7 * dense(factors) - 0.2 * dense(other)).norm())
+        found = sketched_frobenius(iter([factors, other]), [0.7, -0.2])
+        assert found == pytest.approx(exact, rel=0.15)
+        assert found == sketched_frobenius([factors, other], [0.7, -0.2])
     zero = Factors(factors.A, torch.zeros_like(factors.B), 2.0)
-    assert sketched_frobenius(zero) == 0
+    assert sketched_frobenius([zero], [1.0]) == 0
 
 
 # ---------------------------------------------------------------- other ranks, and what is frozen

@@ -30,7 +30,7 @@ LIBRARIES = {
     "settings": set(),
     "config": set(),
     "rounds": {"torch"},
-    "simulation": set(),
+    "simulation": {"torch"},
 }  # the other core files: torch, numpy and jaxtyping
 PUBLIC = {
     "Config", "load_config", "Factors", "Merged", "Adapter", "mean_factors", "mix", "truncate",

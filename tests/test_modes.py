@@ -103,3 +103,20 @@ def test_local_heads_are_exported_on_the_common_layers(place: Place) -> None:
         head = saved[client].dense["classifier.weight"]
         assert not torch.equal(head, saved[other].dense["classifier.weight"])
     assert summary(folder)["bytes_up_total"] == 2 * 3 * 4 * 2 * 4 * 3 * 32  # A and B alone
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ({"merge__participation": 0.5}, 2),
+        ({"run__min_clients": 2}, 3),
+        ({"merge__robust_faulty": 2}, 3),
+    ],
+)
+def test_a_round_too_small_for_its_robust_method_is_refused_before_training(
+    place: Place, changes: dict[str, object], asked: int
+) -> None:
+    says = f"'multi_krum' needs . replies in a round: {asked} clients are asked"
+    with pytest.raises(ValueError, match=says):
+        place.job("small", merge__robust="multi_krum", **changes)
+    place.job("fits", merge__robust="multi_krum")

@@ -155,7 +155,7 @@ def fingerprint(model: Model) -> str:
             continue
         plain = parameter.detach().float().cpu().contiguous()
         digest.update(f"{name}{tuple(plain.shape)}".encode())
-        digest.update(plain.numpy().tobytes())
+        digest.update(plain.numpy().data)
     return digest.hexdigest()[:16]
 
 
