@@ -257,6 +257,11 @@ def converted(factors: Factors, dtype: torch.dtype, device: torch.device | str) 
     return Factors(A, B, factors.scaling)
 
 
+def precise(factors: Factors) -> Factors:
+    """The same factors in float64, where they are: what sums and decompositions are made of."""
+    return converted(factors, torch.float64, factors.A.device)
+
+
 # ---------------------------------------------------------------- an adapter as named tensors
 
 

@@ -48,6 +48,7 @@ from fedlora.base import (
     portable_name,
     targeted_layers,
 )
+from fedlora.config import Config
 from fedlora.files import new_folder
 from fedlora.seeding import derive
 from fedlora.settings import ModelSettings
@@ -127,6 +128,17 @@ def load_model(
         layer.register_forward_hook(partial(_add_frozen, model.frozen, path))
     train_only(model, frozenset())
     return model
+
+
+def configured_model(config: Config, labels: Sequence[str]) -> Model:
+    """`load_model` as a run's config has it; `labels` are used where the config names none."""
+    return load_model(
+        config.model,
+        config.data.label_names or labels,
+        seed=config.run.seed,
+        device=config.run.device,
+        precision=config.run.precision,
+    )
 
 
 def read_adapter(model: Model, like: Adapter | None = None) -> Adapter:

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, ClientResult, Factors, converted, cut
+from fedlora.adapter import Adapter, ClientResult, Factors, cut, precise
 from fedlora.robust import Robust, robust_coefficients, update_gram
 from fedlora.rules import Residual, Rule, checked_weights, option_types
 
@@ -78,10 +78,10 @@ class Term:
         A rule that averages factors must find all clients in one gauge.
         """
         factors = self.adapter.layers[name]
-        precise = converted(factors, torch.float64, factors.A.device)
+        exact = precise(factors)
         if self.receiver is None:
-            return precise
-        return cut(precise, precise.rank, scaling, keep_A=self.receiver.keep_A)
+            return exact
+        return cut(exact, exact.rank, scaling, keep_A=self.receiver.keep_A)
 
 
 def cut_for(adapter: Adapter, receiver: Receiver | None) -> Adapter:

@@ -12,7 +12,7 @@ from fedlora.config import Config
 from fedlora.data import encode
 from fedlora.evaluate import predict
 from fedlora.hints import near
-from fedlora.model import Model, load_adapter, load_model, write_adapter
+from fedlora.model import Model, configured_model, load_adapter, write_adapter
 from fedlora.runlog import read_config
 from fedlora.tables import Table, read_unlabelled
 
@@ -20,13 +20,7 @@ from fedlora.tables import Table, read_unlabelled
 def load_predictor(folder: Path, client: str = "") -> tuple[Config, Model]:
     """The config of a run and its model with the final adapter (or a client's own) written in."""
     config = read_config(folder)
-    model = load_model(
-        config.model,
-        config.data.label_names or config.data.labels,
-        seed=config.run.seed,
-        device=config.run.device,
-        precision=config.run.precision,
-    )
+    model = configured_model(config, config.data.labels)
     write_adapter(model, load_adapter(model, _adapter_folder(folder, client)))
     return config, model
 

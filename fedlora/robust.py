@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Factors, change, converted, inner
+from fedlora.adapter import Adapter, change, inner, precise
 
 Robust: TypeAlias = Literal[
     "none", "norm_clipping", "multi_krum", "geometric_median", "centred_clipping"
@@ -66,7 +66,7 @@ def update_gram(sent: Sequence[Adapter], received: Sequence[Adapter]) -> Float64
     gram = torch.zeros(clients, clients, dtype=torch.float64)
     for name in received[0].layers:
         changes = [
-            change(_precise(before, name), _precise(after, name))
+            change(precise(before.layers[name]), precise(after.layers[name]))
             for before, after in zip(sent, received, strict=True)
         ]
         for k in range(clients):
@@ -143,8 +143,3 @@ def _distances_to(gram: Tensor, a: Tensor) -> Tensor:
     """||D_k - sum_j a_j D_j||."""
     cross = gram @ a
     return (gram.diagonal() - 2 * cross + a @ cross).clamp(min=0).sqrt()
-
-
-def _precise(adapter: Adapter, name: str) -> Factors:
-    factors = adapter.layers[name]
-    return converted(factors, torch.float64, factors.A.device)

@@ -14,7 +14,7 @@ from fedlora.adapter import Adapter, ClientResult, ClientState, byte_count, flat
 from fedlora.client import make_fit
 from fedlora.config import Config
 from fedlora.data import read_silos, tokenised
-from fedlora.model import load_model, longest_input, read_adapter
+from fedlora.model import configured_model, longest_input, read_adapter
 from fedlora.modes import for_mode, merge_policy, steps
 from fedlora.recording import Job, Watch, recording, run_folder
 from fedlora.resume import Resumed
@@ -36,13 +36,7 @@ def prepare(config: Config, resumed: Resumed | None = None) -> Job:
         torch.set_num_threads(config.run.threads)
     silos = read_silos(config)
     config = replace(config, data=replace(config.data, labels=silos.labels))
-    model = load_model(
-        config.model,
-        config.data.label_names or silos.labels,
-        seed=config.run.seed,
-        device=config.run.device,
-        precision=config.run.precision,
-    )
+    model = configured_model(config, silos.labels)
     if config.data.max_length > longest_input(model):
         raise ValueError(
             f"data.max_length = {config.data.max_length} is more than the model reads: "

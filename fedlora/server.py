@@ -24,6 +24,7 @@ from fedlora.adapter import (
     frobenius,
     mix,
     overlay,
+    precise,
     rescaled,
     sketched_frobenius,
     stacked,
@@ -211,7 +212,7 @@ def _merged_layer(
     merging: _Merging, state: ServerState, parts: Sequence[Term], name: str
 ) -> _Layer:
     """One layer of all terms merged, its residual folded or carried."""
-    prev = _precise(state.adapter.layers[name])
+    prev = precise(state.adapter.layers[name])
     weights = torch.tensor([term.coefficient for term in parts], dtype=torch.float64)
     frozen, carried = state.adapter.frozen.get(name), state.carried.get(name)
     if carried is not None:
@@ -226,7 +227,7 @@ def _merged_layer(
         (answer.factors, answer.residual) if isinstance(answer, Merged) else (answer, None)
     )
     result = converted(merged, torch.float32, "cpu")
-    lost = [(-1.0, _precise(result))]
+    lost = [(-1.0, precise(result))]
     cut = owed = 0.0
     if merging.fate == "fold" and residual is not None:
         pressed = _folded(frozen, residual, merging.fold_rank)
@@ -267,7 +268,7 @@ class _Terms(Sequence[Factors]):
             return [self[place] for place in range(len(self))[index]]
         place = range(len(self))[index]
         if place == len(self.parts) and self.carried is not None:
-            return _precise(self.carried)
+            return precise(self.carried)
         return self.parts[place].factors(self.name, self.scaling)
 
     @property
@@ -281,7 +282,7 @@ def _folded(frozen: Factors | None, residual: Factors, cap: int) -> Merged:
     """What is frozen with the residual added, in as few pairs as hold it, and what the cap cut."""
     whole = rescaled(residual, 1.0)
     if frozen is not None:
-        whole = stacked(_precise(frozen), whole)
+        whole = stacked(precise(frozen), whole)
     return compress(whole, cap or None)
 
 
@@ -325,7 +326,3 @@ def _averaged(parts: Sequence[Term], name: str) -> Tensor:
     for term in parts:
         total = total + term.coefficient * term.adapter.dense[name].double().cpu()
     return total.float().contiguous()
-
-
-def _precise(factors: Factors) -> Factors:
-    return converted(factors, torch.float64, factors.A.device)

@@ -72,6 +72,8 @@ def test_layers_that_are_read_lazily_merge_to_the_same_bits(
     assert same_adapters(lazy.adapter, whole.adapter)
     error = whole.memory["merge_error"]
     assert lazy.memory["merge_error"] == pytest.approx(error, rel=0.5, abs=1e-6)
+    if error > 1e-3:  # sketched, since exact norms need the stack of all clients
+        assert lazy.memory["merge_error"] != error
 
 
 class Watched(Sequence[Factors]):

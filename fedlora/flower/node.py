@@ -24,7 +24,7 @@ from fedlora.config import Config, make_config
 from fedlora.data import Data, read_silos, tokenised
 from fedlora.files import write_bytes
 from fedlora.flower.wire import Order, WireError, shapes_of, tensors_of
-from fedlora.model import Model, load_model, read_adapter
+from fedlora.model import Model, configured_model, read_adapter
 from fedlora.modes import merge_policy
 from fedlora.policy import cut_for
 
@@ -163,13 +163,7 @@ def load_shared(config: Config, labels: list[str]) -> tuple[Model, Adapter, str]
     """The model of a run with the common start and the base's fingerprint."""
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    model = load_model(
-        config.model,
-        config.data.label_names or labels,
-        seed=config.run.seed,
-        device=config.run.device,
-        precision=config.run.precision,
-    )
+    model = configured_model(config, labels)
     return model, read_adapter(model), fingerprint(model)
 
 

@@ -28,10 +28,10 @@ from fedlora.adapter import (
     ClientResult,
     Factors,
     change,
-    converted,
     frobenius,
     mean_factors,
     padded,
+    precise,
 )
 from fedlora.rules import rule
 
@@ -54,7 +54,7 @@ def update_norm(sent: Adapter, got: Adapter) -> float:
 
 def _changed(before: Factors, after: Factors) -> float:
     """||after - before||_F in float64: in float32 the Gram matrices' terms cancel to noise."""
-    start, end = (converted(x, torch.float64, x.A.device) for x in (before, after))
+    start, end = (precise(x) for x in (before, after))
     return frobenius(change(start, end))
 
 
