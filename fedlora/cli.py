@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedlora.cli_sweep import sweep
+
 if TYPE_CHECKING:
     from fedlora.config import Config
     from fedlora.resume import Resumed
@@ -28,6 +30,7 @@ app = typer.Typer(
 
 flower = typer.Typer(no_args_is_help=True, help="Federations across machines, on Flower.")
 app.add_typer(flower, name="flower")
+app.command()(sweep)
 
 Engine = Literal["process", "flower"]
 Sets = Annotated[
@@ -230,7 +233,7 @@ def merge(
     from fedlora.merge_command import merged
 
     console = Console()
-    _import_own(rule)
+    import_own_rule(rule)
     try:
         outcome = merged(
             adapters,
@@ -274,7 +277,7 @@ def rules(
 
     console = Console()
     if name:
-        _import_own(name)
+        import_own_rule(name)
         found = get_rule(name)
         console.print(found.doc, highlight=False, markup=False, soft_wrap=True)
         for law, meaning in LAWS.items():
@@ -332,11 +335,11 @@ def _loaded(path: Path, overrides: list[str] | None) -> Config:
     """The config; a rule of the user's own file is run, since this is the user's command line."""
     from fedlora.config import load_config
 
-    return load_config(path, overrides or [], own_rule=_import_own)
+    return load_config(path, overrides or [], own_rule=import_own_rule)
 
 
-def _import_own(name: str) -> None:
-    """Runs the user's file where a rule is named as one."""
+def import_own_rule(name: str) -> None:
+    """Runs the user's file where a rule is named as one: this is the user's own command line."""
     from fedlora.config import FILE_RULE
     from fedlora.own_rules import import_rule
 
@@ -358,7 +361,7 @@ def _resume(folder: Path, given: Config | None) -> None:
     from fedlora.resume import find
 
     config, resumed = find(folder, given)
-    _import_own(config.merge.rule)
+    import_own_rule(config.merge.rule)
     _run(replace(config, run=replace(config.run, out=str(folder))), resumed)
 
 

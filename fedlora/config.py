@@ -95,8 +95,8 @@ def load_config(
         if not isinstance(values, dict):
             raise ValueError(f"[{section}] in {source} must be a table")
         flat |= {f"{section}.{key}": value for key, value in values.items()}
-    settings = _anchored(flat, source.parent)
-    settings |= _anchored(parse_overrides(overrides), Path.cwd())
+    settings = anchored(flat, source.parent)
+    settings |= anchored(parse_overrides(overrides), Path.cwd())
     rule = settings.get("merge.rule")
     if own_rule is not None and isinstance(rule, str) and FILE_RULE in rule:
         own_rule(rule)
@@ -297,7 +297,7 @@ def _in_range(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
         raise ValueError(f"{key} = {value!r} is out of range: it must be {least}{most}")
 
 
-def _anchored(flat: dict[str, Any], folder: Path) -> dict[str, Any]:
+def anchored(flat: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Relative paths of data and model made absolute, as meant from this folder."""
 
     def anchor(value: Any) -> Any:

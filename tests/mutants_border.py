@@ -129,7 +129,7 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "if done.records and not stopped:", "Ctrl-C throws the finished rounds away", "run"),
     ("start-as-result", "recording.py", "done = done.then(record, adapters, shared)",
      "done = done.then(record, done.adapters, shared)", "the start is saved as the result", "run"),
-    ("override-paths-lost", "config.py", "_anchored(parse_overrides(overrides), Path.cwd())",
+    ("override-paths-lost", "config.py", "anchored(parse_overrides(overrides), Path.cwd())",
      "parse_overrides(overrides)", "config.toml of the run points nowhere", "run_cli"),
 ]]
 # fmt: on

@@ -1,0 +1,127 @@
+"""The command line of sweeps: many runs, their progress, and what came out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fedlora.sweep import Outcome
+    from fedlora.sweep_plan import Sweep, Trial
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="What to vary.")],
+    set: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a shared setting. Repeatable."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The sweep's folder; else sweeps/NAME.")
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at the same time.")] = 1,
+    plan: Annotated[bool, typer.Option("--plan", help="Show what would run; run nothing.")] = False,
+) -> None:
+    """Run methods x cases x seeds, each at its own best settings; go on where it stopped."""
+    from fedlora.cli import import_own_rule
+    from fedlora.sweep_plan import load_sweep
+
+    console = Console()
+    planned = load_sweep(file, set or [], own_rule=import_own_rule)
+    folder = out or Path("sweeps") / planned.name
+    console.print(_planned(planned))
+    if plan:
+        return
+    from fedlora.sweep import run_sweep
+
+    try:
+        with _Bar(console) as bar:
+            outcomes = run_sweep(planned, folder, jobs=jobs, watch=bar)
+    except KeyboardInterrupt:
+        again = "the same command goes on with it"
+        sys.stderr.write(f"fedlora: interrupted; {folder} holds what was finished: {again}\n")
+        raise SystemExit(130) from None
+    _show(console, planned, folder, outcomes)
+
+
+class _Bar:
+    """A bar with the time left on a terminal; a line a run elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True), TextColumn("left"), console=console,
+        )  # fmt: skip
+        self.task = self.progress.add_task("runs", total=None)
+
+    def __enter__(self) -> _Bar:
+        if self.console.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
+        if event == "plan":
+            self.progress.update(self.task, total=facts["trials"])
+            return
+        self.progress.advance(self.task)
+        done, total = self.progress.tasks[0].completed, self.progress.tasks[0].total
+        if not facts["known"]:
+            text = f"{done:.0f}/{total:.0f}  {described(facts['trial'])}"
+            text += f": {facts['problem']}" if facts["problem"] else ""
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def described(trial: Trial) -> str:
+    """A run in words."""
+    chosen = ", ".join(f"{key} {value}" for key, value in trial.grid.items())
+    words = [trial.method, trial.case, chosen, f"seed {trial.seed}"]
+    return ", ".join(word for word in [*words, "tuning" if trial.tuning else ""] if word)
+
+
+def _planned(sweep: Sweep) -> Table:
+    table = Table("method", "case", "tuning runs", "runs", "steps", box=None, pad_edge=False)
+    for method, case in sweep.groups:
+        tuning = sweep.tuning_trials(method, case)
+        runs = sweep.trials(method, case, sweep.sole_point(method))
+        steps = sum(_steps(trial) for trial in [*tuning, *runs])
+        table.add_row(method.name, case.name, str(len(tuning)), str(len(runs)), f"{steps:,}")
+    return table
+
+
+def _steps(trial: Trial) -> int:
+    """Optimiser steps of all clients, where they are counted in steps."""
+    run, client = trial.config.run, trial.config.client
+    clients = len(trial.config.data.clients) or trial.config.partition.clients
+    return run.rounds * client.steps * clients
+
+
+def _show(console: Console, sweep: Sweep, folder: Path, outcomes: Sequence[Outcome]) -> None:
+    """Mean final accuracy of each method and case, and where the runs are."""
+    from fedlora.sweepdir import RESULTS, read_sweep
+
+    found = read_sweep(folder)
+    table = Table("method", "case", "chosen", "accuracy", "runs", box=None, pad_edge=False)
+    for method, case in sweep.groups:
+        runs = found.counted(method.name, case.name)
+        point = found.chosen(method.name, case.name)
+        chosen = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in point.items())
+        scores = [run.final("accuracy") for run in runs]
+        mean = f"{sum(scores) / len(scores):.2%}" if scores else "-"
+        table.add_row(method.name, case.name, chosen, mean, f"{len(runs)}/{len(sweep.seeds)}")
+    console.print(table)
+    console.print(f"a row a run  {folder / RESULTS}", highlight=False, soft_wrap=True)
+    console.print(f"report       fedlora report {folder}", highlight=False, soft_wrap=True)
+    if failed := [outcome for outcome in outcomes if outcome.problem]:
+        sys.stderr.write(f"fedlora: {len(failed)} runs did not end: {failed[0].problem}\n")
+        raise SystemExit(1)

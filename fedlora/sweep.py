@@ -1,0 +1,161 @@
+"""Runs a sweep: every trial an ordinary run directory, finished ones known by their id, killed ones
+resumed. What is planned, run and chosen stands in the sweep's folder (see `sweepdir`).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fedlora.config import FILE_RULE, Flat, make_config
+from fedlora.sweep_plan import Sweep, Trial
+from fedlora.sweepdir import (
+    Entry,
+    arrow,
+    heldout_score,
+    is_finished,
+    run_path,
+    write_plan,
+    write_results,
+)
+
+Watch: TypeAlias = Callable[[str, Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trial and what ended it early; empty where it came to its end."""
+
+    trial: Trial
+    problem: str = ""
+
+
+def run_sweep(
+    sweep: Sweep, folder: Path, *, jobs: int = 1, watch: Watch = lambda event, facts: None
+) -> list[Outcome]:
+    """Runs all that is not there yet and returns what became of every trial.
+
+    Where a grid is tuned, its trials run first, and the values with the best mean accuracy on
+    held-out training rows (ties: the lower loss, then the earlier value) are taken for that method
+    and case. A run that fails is named and the others go on. Whatever interrupts a sweep, the same
+    call goes on with it and loses at most a round of each run.
+    Events: `plan` with the number of trials, `ended` for each (`known`: it was there already).
+    """
+    arrow()
+    folder.mkdir(parents=True, exist_ok=True)
+    tuning = [sweep.tuning_trials(*group) for group in sweep.groups]
+    first = [trial for trials in tuning for trial in trials]
+    watch("plan", {"trials": len(first) + len(sweep.groups) * len(sweep.seeds)})
+    outcomes = _run_all(first, folder, jobs, watch)
+    failed = {outcome.trial.id for outcome in outcomes if outcome.problem}
+    chosen = [
+        best_point([trial for trial in trials if trial.id not in failed], folder)
+        if trials
+        else sweep.sole_point(method)
+        for (method, _), trials in zip(sweep.groups, tuning, strict=True)
+    ]
+    last: list[Trial] = []
+    for group, point in zip(sweep.groups, chosen, strict=True):
+        if point is None:
+            method, case = group
+            problem = f"every tuning run of {method.name!r} in case {case.name!r} failed"
+            lost = sweep.trials(*group, sweep.sole_point(method))
+            outcomes += [Outcome(trial, problem) for trial in lost]
+        else:
+            last += sweep.trials(*group, point)
+    _write(sweep, folder, [*first, *last])
+    outcomes += _run_all(last, folder, jobs, watch)
+    _write(sweep, folder, [*first, *last])
+    return outcomes
+
+
+def best_point(trials: Sequence[Trial], folder: Path) -> Mapping[str, Any] | None:
+    """The grid's values with the best mean score over the tuning seeds; None where there are no
+    trials.
+    """
+    points = list({str(trial.grid): trial.grid for trial in trials}.values())
+    if not points:
+        return None
+
+    def score(point: Mapping[str, Any]) -> tuple[float, float]:
+        scores = [heldout_score(run_path(folder, t.id)) for t in trials if t.grid == point]
+        count = len(scores)
+        accuracy = sum(s.accuracy for s in scores) / count
+        return accuracy, -sum(s.loss for s in scores) / count
+
+    return max(points, key=score)
+
+
+def _run_all(trials: Sequence[Trial], folder: Path, jobs: int, watch: Watch) -> list[Outcome]:
+    """Runs what has not ended, each trial in a worker process, and tells of each as it ends."""
+    unique = list({trial.id: trial for trial in trials}.values())
+    left = [trial for trial in unique if not is_finished(run_path(folder, trial.id))]
+    outcomes = [Outcome(trial) for trial in unique if trial not in left]
+    for outcome in outcomes:
+        watch("ended", {"trial": outcome.trial, "problem": "", "known": True})
+    if not left:
+        return outcomes
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(left)), mp_context=context) as pool:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        running = {
+            pool.submit(_work, trial.config.flat(), str(run_path(folder, trial.id)), threads): trial
+            for trial in left
+        }
+        try:
+            for future in as_completed(running):
+                outcomes.append(Outcome(running[future], _problem(future)))
+                facts = {"trial": running[future], "problem": outcomes[-1].problem, "known": False}
+                watch("ended", facts)
+        except BaseException:  # Ctrl-C: what waits is not begun, what runs is stopped
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+    return outcomes
+
+
+def _work(flat: Flat, out: str, threads: int) -> None:
+    """One trial in a worker: begun, or gone on with where it was stopped."""
+    import torch
+
+    from fedlora.own_rules import import_rule
+    from fedlora.resume import find
+    from fedlora.run import execute, prepare
+
+    rule = str(flat["merge.rule"])
+    if FILE_RULE in rule:
+        import_rule(rule)
+    config, resumed = make_config({**flat, "run.out": out}), None
+    torch.set_num_threads(config.run.threads or threads)
+    if Path(out).exists():
+        config, resumed = find(Path(out), config)
+    execute(prepare(config, resumed))
+
+
+def _problem(future: Future[None]) -> str:
+    """What ended a trial early, in one line."""
+    error = future.exception()
+    if error is None:
+        return ""
+    if isinstance(error, BrokenProcessPool):
+        return "its process was killed; run the sweep again to go on with it"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _write(sweep: Sweep, folder: Path, trials: Sequence[Trial]) -> None:
+    """The plan with what was chosen, and the table of results."""
+    entries = [
+        Entry(
+            trial.id, trial.method, trial.case, trial.seed, trial.tuning,
+            dict(trial.varied), dict(trial.grid),
+        ) for trial in trials
+    ]  # fmt: skip
+    write_plan(folder, sweep.name, entries)
+    write_results(folder, entries)

@@ -1,0 +1,237 @@
+"""What a sweep runs: methods x cases x seeds, each a config, with settings chosen by a tuning
+round.
+
+A sweep file is an ordinary config with a [sweep] section. Reads and expands; runs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from fedlora.config import Config, anchored, make_config, parse_overrides
+from fedlora.hints import near
+
+KEYS = ("name", "seeds", "tune", "tune_seeds", "methods", "cases")
+TUNING = {"evaluate.clients": False, "evaluate.every": 10**6, "evaluate.limit": 1}
+NAMELESS = ("run.name", "run.out")  # what a run is called does not make it another run
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep; `varied` are the settings in which the trials of the sweep differ.
+
+    `tuning` trials are run to choose among the values of `grid`, on held-out training rows.
+    """
+
+    method: str
+    case: str
+    seed: int
+    config: Config
+    grid: Mapping[str, Any]
+    varied: Mapping[str, Any]
+    tuning: bool = False
+
+    @property
+    def id(self) -> str:
+        """Twelve hexadecimal digits of everything that decides the run's result."""
+        flat = {k: v for k, v in self.config.flat().items() if k not in NAMELESS}
+        text = json.dumps(flat, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One method or case: its name, its settings, and the grid that is to be tuned."""
+
+    name: str
+    settings: Mapping[str, Any]
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as read: every method with every case and seed, on the shared settings."""
+
+    name: str
+    shared: Mapping[str, Any]
+    methods: Sequence[Variant]
+    cases: Sequence[Variant]
+    seeds: Sequence[int]
+    tune_seeds: Sequence[int]
+
+    @property
+    def groups(self) -> list[tuple[Variant, Variant]]:
+        """Every method with every case."""
+        return [(method, case) for case in self.cases for method in self.methods]
+
+    def tuning_trials(self, method: Variant, case: Variant) -> list[Trial]:
+        """The trials that choose the grid's values; none where there is nothing to choose."""
+        grid = [dict(zip(method.grid, values, strict=True)) for values in _points(method)]
+        if len(grid) < 2:
+            return []
+        return [
+            self._trial(method, case, seed, point, tuning=True)
+            for point in grid
+            for seed in self.tune_seeds
+        ]
+
+    def trials(self, method: Variant, case: Variant, chosen: Mapping[str, Any]) -> list[Trial]:
+        """The trials that count, one a seed, with the chosen values of the grid."""
+        return [self._trial(method, case, seed, chosen) for seed in self.seeds]
+
+    def sole_point(self, method: Variant) -> dict[str, Any]:
+        """The grid's values where there is nothing to choose."""
+        return {key: values[0] for key, values in method.grid.items()}
+
+    def _trial(
+        self,
+        method: Variant,
+        case: Variant,
+        seed: int,
+        point: Mapping[str, Any],
+        tuning: bool = False,
+    ) -> Trial:
+        varied = {**case.settings, **method.settings, **point}
+        settings = {**self.shared, **varied, "run.seed": seed}
+        if tuning:
+            settings |= TUNING
+        words = [self.name, case.name, method.name, *(f"{v}" for v in point.values()), f"s{seed}"]
+        settings["run.name"] = " ".join(word for word in words if word)
+        config = make_config(settings)
+        return Trial(method.name, case.name, seed, config, dict(point), varied, tuning)
+
+
+def load_sweep(
+    path: Path,
+    overrides: Iterable[str] = (),
+    own_rule: Callable[[str], None] = lambda rule: None,
+) -> Sweep:
+    """Reads a sweep file; ValueError says what is wrong. `overrides` change the shared settings.
+
+    In a method or a case a list stands for a grid (a list of lists where the setting itself is a
+    list): every combination becomes a method or case of its own, named by its values, unless the
+    key is in `tune`: then the value is chosen for each method and case. `own_rule` as in
+    `load_config`.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the sweep {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+    own = tables.pop("sweep", None)
+    if not isinstance(own, dict):
+        raise ValueError(f"{path} has no [sweep] section: `fedlora run` takes an ordinary config")
+    for key in own:
+        if key not in KEYS:
+            hint = near(key, KEYS)
+            raise ValueError(f"[sweep] has no {key!r}{hint}; it takes {', '.join(KEYS)}")
+    shared = anchored(flattened(tables), path.parent)
+    shared |= anchored(parse_overrides(overrides), Path.cwd())
+    tune = [str(key) for key in own.get("tune", [])]
+    sweep = Sweep(
+        str(own.get("name", path.stem)),
+        shared,
+        _variants("methods", own.get("methods", []), tune, path.parent),
+        _variants("cases", own.get("cases", [{"name": ""}]), [], path.parent),
+        _seeds("seeds", own.get("seeds", [0])),
+        _seeds("tune_seeds", own.get("tune_seeds", [1000])),
+    )
+    for settings in (sweep.shared, *(v.settings for v in (*sweep.methods, *sweep.cases))):
+        own_rule(str(settings.get("merge.rule", "")))
+    _check(sweep, tune)
+    return sweep
+
+
+def flattened(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as `section.key` (and `section.table.entry`) -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        name = f"{prefix}{key}"
+        flat |= flattened(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _variants(kind: str, entries: Any, tune: Sequence[str], folder: Path) -> list[Variant]:
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"[[sweep.{kind}]] must be a list of tables, each with its settings")
+    if not entries:
+        raise ValueError(f"a sweep needs at least one [[sweep.{kind}]], such as merge.rule = 'fra'")
+    found = [variant for entry in entries for variant in _expanded(entry, tune, folder)]
+    names = [variant.name for variant in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"[[sweep.{kind}]]: two are called {twice[0]!r}: give each a name")
+    return found
+
+
+def _expanded(entry: Mapping[str, Any], tune: Sequence[str], folder: Path) -> list[Variant]:
+    """A method or case for every combination of its lists; lists of keys to tune stay a grid."""
+    flat = anchored(flattened({k: v for k, v in entry.items() if k != "name"}), folder)
+    if "run.seed" in flat:
+        raise ValueError("run.seed cannot be set in a method or case: list the seeds in [sweep]")
+    axes = {key: value for key, value in flat.items() if _is_grid(key, value)}
+    if empty := [key for key, values in axes.items() if not values]:
+        raise ValueError(f"[sweep]: {empty[0]} is an empty list: give it at least one value")
+    grid = {key: values for key, values in axes.items() if key in tune}
+    crossed = {key: values for key, values in axes.items() if key not in tune}
+    fixed = {key: value for key, value in flat.items() if key not in axes}
+    variants = []
+    for values in product(*crossed.values()):
+        point = dict(zip(crossed, values, strict=True))
+        name = _name(str(entry.get("name", "")), {**fixed, **point}, point)
+        variants.append(Variant(name, {**fixed, **point}, grid))
+    return variants
+
+
+def _name(given: str, settings: Mapping[str, Any], point: Mapping[str, Any]) -> str:
+    """The name that was given, else the rule or the mode; then what the point adds."""
+    main = "" if given else next((key for key in ("merge.rule", "run.mode") if key in settings), "")
+    more = [f"{key.rpartition('.')[2]} {value}" for key, value in point.items() if key != main]
+    return ", ".join(word for word in [given or str(settings.get(main, "")), *more] if word)
+
+
+def _is_grid(key: str, value: Any) -> bool:
+    """Whether a list stands for several values of the setting and not for one that is a list."""
+    section, _, name = key.partition(".")
+    kinds = {f.name: get_type_hints(f.default_factory) for f in fields(Config)}
+    kind, depth = kinds.get(section, {}).get(name.partition(".")[0]), 0
+    while get_origin(kind) is list:
+        kind, depth = get_args(kind)[0], depth + 1
+    for _ in range(depth):
+        value = value[0] if isinstance(value, list) and value else None
+    return isinstance(value, list)
+
+
+def _points(method: Variant) -> list[tuple[Any, ...]]:
+    return list(product(*method.grid.values()))
+
+
+def _seeds(key: str, value: Any) -> list[int]:
+    seeds = list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not whole or not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(
+            f"sweep.{key} = {value!r} must be a number of seeds or a list of different ones"
+        )
+    return list(seeds)
+
+
+def _check(sweep: Sweep, tune: Sequence[str]) -> None:
+    """Every trial's config is made once, so that a mistake shows before anything runs."""
+    used = {key for method in sweep.methods for key in method.grid}
+    if idle := sorted(set(tune) - used):
+        raise ValueError(f"sweep.tune names {idle[0]!r}, but no method lists values of it")
+    if both := sorted(set(sweep.seeds) & set(sweep.tune_seeds)):
+        raise ValueError(f"seed {both[0]} is in seeds and in tune_seeds: tune on other seeds")
+    for method, case in sweep.groups:
+        trials = sweep.tuning_trials(method, case)
+        if trials and trials[0].config.data.holdout == 0:
+            raise ValueError("sweep.tune needs data.holdout above 0: it chooses on held-out rows")
+        sweep.trials(method, case, sweep.sole_point(method))
