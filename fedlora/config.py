@@ -90,6 +90,8 @@ def load_config(
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{source} is not valid TOML: {error}") from error
     flat: dict[str, Any] = {}
+    if "sweep" in tables:
+        raise ValueError(f"{source} has a [sweep] section: it is for `fedlora sweep`")
     for section, values in tables.items():
         _known(section, _SECTIONS, "section")
         if not isinstance(values, dict):

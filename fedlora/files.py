@@ -54,6 +54,25 @@ def write_bytes(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps the folder for this process until the end; ValueError where another one has it.
+
+    The system gives the lock back when the process ends, however it does.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: two at the same time are the user's own care
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another process: wait for it") from None
+        yield
+
+
 def sync_folder(folder: Path) -> None:
     """Makes a rename in the folder outlast a loss of power, where the system can."""
     try:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedlora.config import FILE_RULE, Flat, make_config
+from fedlora.files import locked
 from fedlora.sweep_plan import Sweep, Trial
 from fedlora.sweepdir import (
     Entry,
@@ -49,6 +52,12 @@ def run_sweep(
     """
     arrow()
     folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        return _run_planned(sweep, folder, jobs, watch)
+
+
+def _run_planned(sweep: Sweep, folder: Path, jobs: int, watch: Watch) -> list[Outcome]:
+    """Tuning, choice, and the runs that count."""
     tuning = [sweep.tuning_trials(*group) for group in sweep.groups]
     first = [trial for trials in tuning for trial in trials]
     watch("plan", {"trials": len(first) + len(sweep.groups) * len(sweep.seeds)})
@@ -101,8 +110,12 @@ def _run_all(trials: Sequence[Trial], folder: Path, jobs: int, watch: Watch) -> 
         watch("ended", {"trial": outcome.trial, "problem": "", "known": True})
     if not left:
         return outcomes
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(left)), mp_context=context) as pool:
+    with ProcessPoolExecutor(
+        min(jobs, len(left)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_leave_with,
+        initargs=(os.getpid(),),
+    ) as pool:
         threads = max(1, (os.cpu_count() or 1) // jobs)
         running = {
             pool.submit(_work, trial.config.flat(), str(run_path(folder, trial.id)), threads): trial
@@ -119,6 +132,17 @@ def _run_all(trials: Sequence[Trial], folder: Path, jobs: int, watch: Watch) -> 
                 process.terminate()
             raise
     return outcomes
+
+
+def _leave_with(parent: int) -> None:
+    """Ends this worker soon after its parent: nobody else may write the run that it is at."""
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 def _work(flat: Flat, out: str, threads: int) -> None:

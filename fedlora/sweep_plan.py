@@ -166,7 +166,7 @@ def _variants(kind: str, entries: Any, tune: Sequence[str], folder: Path) -> lis
         raise ValueError(f"a sweep needs at least one [[sweep.{kind}]], such as merge.rule = 'fra'")
     found = [variant for entry in entries for variant in _expanded(entry, tune, folder)]
     names = [variant.name for variant in found]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"[[sweep.{kind}]]: two are called {twice[0]!r}: give each a name")
     return found
 

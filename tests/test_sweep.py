@@ -1,0 +1,150 @@
+"""Sweeps of tiny runs: what is run, chosen and written, and that interruptions cost nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+from bench import adapter_bytes, records
+from tiny import toy_config, toy_rows, write_csv
+
+from fedlora.config import make_config
+from fedlora.run import execute, prepare
+from fedlora.sweep import best_point
+from fedlora.sweep_plan import load_sweep
+from fedlora.sweepdir import heldout_score, is_finished, read_sweep, run_path
+
+pytest_plugins = ["tiny"]
+pytestmark = pytest.mark.slow
+SWEEP = """
+[sweep]
+seeds = [0, 1]
+tune = ["client.lr"]
+[[sweep.methods]]
+merge.rule = "fra"
+client.lr = [1e-5, 3e-2]
+[[sweep.methods]]
+name = "alone"
+run.mode = "local"
+"""
+
+
+@pytest.fixture
+def file(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
+    data = str(write_csv(tmp_path / "rows.csv", toy_rows(90)))
+    config = toy_config(tiny("bert"), data, evaluate__limit=10, run__rounds=4)
+    path = tmp_path / "tiny.toml"
+    path.write_text(config.toml() + SWEEP, encoding="utf-8")
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "fedlora", "sweep", *map(str, arguments)]
+
+
+def said(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, check=False,
+        env=os.environ | {"COLUMNS": "140"},
+    )  # fmt: skip
+
+
+def by_hand(folder: Path) -> tuple[float, float]:
+    """Accuracy and minus the loss over all clients' held-out rows after the last round."""
+    clients = records(folder)[-1]["clients"].values()
+    scores = [client["global_heldout"] for client in clients]
+    rows = sum(score["examples"] for score in scores)
+    hits = sum(score["accuracy"] * score["examples"] for score in scores)
+    loss = sum(score["loss"] * score["examples"] for score in scores)
+    return hits / rows, -loss / rows
+
+
+def test_a_sweep_runs_what_is_missing_and_chooses_on_held_out_rows(
+    file: Path, tmp_path: Path
+) -> None:
+    """Killed in the middle it goes on, a second time it runs nothing; runs are ordinary ones."""
+    out = tmp_path / "sweep"
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(command(file, "--out", out), stdout=stream, stderr=stream)
+        while "2/6" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+        time.sleep(1)
+        second = said(file, "--out", out)
+        assert (second.returncode, "in use by another process" in second.stderr) == (2, True)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    known = {path.parent.name for path in out.glob("runs/*/summary.json")}
+    assert len(known) in (2, 3)
+    times = {name: (run_path(out, name) / "summary.json").stat().st_mtime_ns for name in known}
+    time.sleep(2)  # its worker has noticed
+
+    done = said(file, "--out", out, "--jobs", 2)
+    assert done.returncode == 0, done.stderr
+    found = read_sweep(out)
+    assert [(e.method, e.seed, e.tuning) for e in found.entries] == [
+        ("fra", 1000, True), ("fra", 1000, True),
+        ("fra", 0, False), ("fra", 1, False), ("alone", 0, False), ("alone", 1, False),
+    ]  # fmt: skip
+    assert {n: (run_path(out, n) / "summary.json").stat().st_mtime_ns for n in known} == times
+
+    tuning = [entry for entry in found.entries if entry.tuning]
+    scores = {e.grid["client.lr"]: by_hand(run_path(out, e.id)) for e in tuning}
+    assert found.chosen("fra", "") == {"client.lr": max(scores, key=lambda lr: scores[lr])}
+    for entry in tuning:
+        score = heldout_score(run_path(out, entry.id))
+        assert (score.accuracy, -score.loss) == pytest.approx(scores[entry.grid["client.lr"]])
+
+    sweep = load_sweep(file)
+    method, case = sweep.groups[0]
+    trial = sweep.trials(method, case, found.chosen("fra", ""))[1]
+    plain = execute(prepare(make_config({**trial.config.flat(), "run.out": str(tmp_path / "p")})))
+    assert adapter_bytes(run_path(out, trial.id)) == adapter_bytes(plain)
+
+    rows = pyarrow.parquet.read_table(out / "results.parquet").to_pylist()
+    assert [row["finished"] for row in rows] == [True] * 6
+    (row,) = [row for row in rows if row["id"] == trial.id]
+    run = found.runs[trial.id]
+    chosen = str(found.chosen("fra", "")["client.lr"])
+    assert (row["method"], row["client.lr"], row["seed"]) == ("fra", chosen, 1)
+    assert row["accuracy"] == run.final("accuracy")
+    assert row["bytes_up"] == run.summary["bytes_up_total"]
+    assert rows[4]["client.lr"] is None
+
+    again = said(file, "--out", out)
+    assert again.returncode == 0
+    assert "seed" not in again.stdout.split("accuracy")[0]  # no line of a run
+    assert "2/2" in again.stdout
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(file: Path, tmp_path: Path) -> None:
+    text = file.read_text().replace("client.lr = [1e-5, 3e-2]", "client.lr = [1e30]")
+    file.write_text(text)
+    out = tmp_path / "sweep"
+    done = said(file, "--out", out)
+    assert done.returncode == 1
+    assert "2 runs did not end" in done.stderr
+    assert "diverged" in done.stderr
+    found = read_sweep(out)
+    assert len(found.counted("alone", "")) == 2
+    assert found.counted("fra", "") == []
+    assert not any(is_finished(run_path(out, e.id)) for e in found.entries if e.method == "fra")
+
+
+def test_the_plan_is_shown_without_running(file: Path, tmp_path: Path) -> None:
+    done = said(file, "--out", tmp_path / "sweep", "--plan")
+    assert done.returncode == 0
+    assert "alone" in done.stdout
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_where_all_trials_failed_nothing_is_chosen(tmp_path: Path) -> None:
+    assert best_point([], tmp_path) is None

@@ -1,0 +1,125 @@
+"""A sweep file as read: what it expands to, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedlora.config import make_config
+from fedlora.sweep_plan import Sweep, Trial, load_sweep
+
+METHODS = """
+[[sweep.methods]]
+merge.rule = ["fra", "fedavg"]
+client.lr = [1e-3, 2e-3, 4e-3]
+[[sweep.methods]]
+name = "own"
+merge.rule = "fra"
+merge.options.gauge = "orthonormal"
+"""
+
+
+def read(tmp_path: Path, text: str, *overrides: str) -> Sweep:
+    path = tmp_path / "small.toml"
+    path.write_text(text, encoding="utf-8")
+    return load_sweep(path, overrides)
+
+
+def test_lists_are_crossed_but_for_the_keys_that_are_tuned(tmp_path: Path) -> None:
+    sweep = read(
+        tmp_path, f"[client]\nsteps = 5\n[sweep]\nseeds = 2\ntune = ['client.lr']{METHODS}"
+    )
+    assert [method.name for method in sweep.methods] == ["fra", "fedavg", "own"]
+    assert (sweep.name, sweep.seeds, sweep.tune_seeds) == ("small", [0, 1], [1000])
+    fra, case = sweep.groups[0]
+    tuning = sweep.tuning_trials(fra, case)
+    assert [trial.grid for trial in tuning] == [{"client.lr": lr} for lr in (1e-3, 2e-3, 4e-3)]
+    assert {trial.seed for trial in tuning} == {1000}
+    assert all(not trial.config.evaluate.clients and trial.tuning for trial in tuning)
+    counted = sweep.trials(fra, case, {"client.lr": 2e-3})
+    assert [(t.seed, t.config.run.seed, t.config.client.lr) for t in counted] == [
+        (0, 0, 2e-3), (1, 1, 2e-3)
+    ]  # fmt: skip
+    assert counted[0].config.client.steps == 5
+    own = sweep.methods[2]
+    assert sweep.tuning_trials(own, case) == []
+    assert sweep.trials(own, case, {})[0].config.merge.options == {"gauge": "orthonormal"}
+
+
+def test_without_tuning_every_value_is_a_method(tmp_path: Path) -> None:
+    sweep = read(tmp_path, f"[sweep]{METHODS}")
+    names = [method.name for method in sweep.methods]
+    assert names[:2] == ["fra, lr 0.001", "fra, lr 0.002"]
+    assert len(names) == 7
+
+
+def test_a_setting_that_is_a_list_is_a_grid_only_as_a_list_of_lists(tmp_path: Path) -> None:
+    sweep = read(tmp_path, """
+[sweep]
+[[sweep.methods]]
+merge.rule = "fra"
+[[sweep.cases]]
+name = "skewed"
+partition.by = "shares"
+partition.shares = [[0.1, 0.9], [0.9, 0.1], [0.5, 0.5]]
+[[sweep.cases]]
+name = "ranks"
+client.ranks = [[2, 4, 8], [8, 8, 8]]
+""")  # fmt: skip
+    assert [case.name for case in sweep.cases] == ["skewed", "ranks, ranks [2, 4, 8]",
+                                                   "ranks, ranks [8, 8, 8]"]  # fmt: skip
+    method = sweep.methods[0]
+    ranks = [sweep.trials(method, case, {})[0].config.client.ranks for case in sweep.cases]
+    assert ranks == [[], [2, 4, 8], [8, 8, 8]]
+
+
+def test_the_id_of_a_run_is_that_of_its_settings_and_not_of_its_name() -> None:
+    def trial(**changes: object) -> Trial:
+        flat = {key.replace("__", ".", 1): value for key, value in changes.items()}
+        return Trial("fra", "", 0, make_config(flat), {}, {})
+
+    assert trial(run__name="x", run__out="y").id == trial().id
+    assert len({trial().id, trial(run__seed=1).id, trial(client__lr=2e-3).id}) == 3
+
+
+def test_shared_settings_may_be_changed_from_outside(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\n", encoding="utf-8")
+    text = f"[data]\ntrain = 'rows.csv'\n[sweep]{METHODS}"
+    sweep = read(tmp_path, text, "run.rounds=3")
+    config = sweep.trials(sweep.methods[0], sweep.cases[0], {})[0].config
+    assert (config.run.rounds, config.data.train) == (3, str(tmp_path / "rows.csv"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[run]\nrounds = 2", "has no .sweep. section"),
+        ("[sweep]\nsedes = 2" + METHODS, "no 'sedes'; did you mean 'seeds'"),
+        ("[sweep]\nseeds = 0" + METHODS, "sweep.seeds = 0 must be"),
+        ("[sweep]\nseeds = [1, 1]" + METHODS, "must be a number of seeds or a list of different"),
+        ("[sweep]\nseeds = [true]" + METHODS, "must be a number of seeds"),
+        ("[sweep]", "at least one ..sweep.methods"),
+        ("[sweep]\nmethods = 3", "must be a list of tables"),
+        ("[sweep]\ntune = ['client.batch']" + METHODS, "'client.batch', but no method lists"),
+        ("[sweep]\nseeds = [1000]\ntune = ['client.lr']" + METHODS, "seed 1000 is in seeds and"),
+        ("[sweep]\n[[sweep.methods]]\nmerge.rule = 'fro'", "unknown rule 'fro'"),
+        ("[sweep]\n[[sweep.methods]]\nclient.learning = 3", "unknown setting 'client.learning'"),
+        ("[sweep]\n[[sweep.methods]]\nrun.seed = 3", "list the seeds in .sweep."),
+        ("[sweep]\n[[sweep.methods]]\nclient.lr = []", "client.lr is an empty list"),
+        ("[data]\nholdout = 0\n[sweep]\ntune = ['client.lr']" + METHODS, "needs data.holdout"),
+        ("[sweep]" + METHODS + METHODS, "two are called 'fra, lr 0.001'"),
+        ("[sweep", "is not valid TOML"),
+    ],
+)
+def test_a_bad_sweep_is_refused_before_anything_runs(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        read(tmp_path, text)
+
+
+def test_a_sweep_is_no_config_and_says_so(tmp_path: Path) -> None:
+    from fedlora.config import load_config
+
+    (tmp_path / "s.toml").write_text(f"[sweep]{METHODS}", encoding="utf-8")
+    with pytest.raises(ValueError, match="fedlora sweep"):
+        load_config(tmp_path / "s.toml")
