@@ -47,7 +47,8 @@ def run_sweep(
     Where a grid is tuned, its trials run first, and the values with the best mean accuracy on
     held-out training rows (ties: the lower loss, then the earlier value) are taken for that method
     and case. A run that fails is named and the others go on. Whatever interrupts a sweep, the same
-    call goes on with it and loses at most a round of each run.
+    call goes on with it and loses at most a round of each run; ChildProcessError where a run's
+    process was killed.
     Events: `plan` with the number of trials, `ended` for each (`known`: it was there already).
     """
     arrow()
@@ -168,8 +169,11 @@ def _problem(future: Future[None]) -> str:
     error = future.exception()
     if error is None:
         return ""
-    if isinstance(error, BrokenProcessPool):
-        return "its process was killed; run the sweep again to go on with it"
+    if isinstance(error, BrokenProcessPool):  # says nothing about the run: choose by no such result
+        raise ChildProcessError(
+            "a run's process was killed, perhaps for memory: the same command goes on, with fewer "
+            "--jobs if need be"
+        )
     return " ".join(str(error).split()) or type(error).__name__
 
 

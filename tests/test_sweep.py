@@ -125,6 +125,29 @@ def test_a_sweep_runs_what_is_missing_and_chooses_on_held_out_rows(
     assert "2/2" in again.stdout
 
 
+def test_a_killed_worker_ends_the_sweep_and_no_choice_is_made_without_its_run(
+    file: Path, tmp_path: Path
+) -> None:
+    out, log = tmp_path / "sweep", tmp_path / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(command(file, "--out", out), stdout=stream, stderr=stream)
+        while not any(out.glob("runs/*/metrics.jsonl")):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        (run,) = out.glob("runs/*")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = [pid for pid in children if b"spawn_main" in cmdline(pid)]
+        os.kill(int(workers[0]), signal.SIGKILL)
+        assert process.wait(timeout=60) == 2
+    assert "was killed, perhaps for memory" in log.read_text()
+    assert not is_finished(run)
+    assert not (out / "sweep.json").exists()
+
+
+def cmdline(pid: str) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(file: Path, tmp_path: Path) -> None:
     text = file.read_text().replace("client.lr = [1e-5, 3e-2]", "client.lr = [1e30]")
     file.write_text(text)
