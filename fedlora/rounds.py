@@ -15,6 +15,7 @@ from fedlora.policy import Policy, cut_for
 from fedlora.rules import Plan, Rule
 from fedlora.server import ServerState, aggregate, downlink, plan_round, receive, sample_clients
 
+MOST = 2**53  # examples that a client may report: larger weights are no longer exact
 FAILED = "failed_rounds"  # in the server's memory: rounds in a row that too few clients answered
 
 
@@ -135,8 +136,8 @@ def checked_reply(opened: Opened, reply: Reply) -> ClientResult | Failure:
     if isinstance(reply.examples, bool) or not isinstance(reply.examples, int):
         reason = f"client {reply.client} reports {reply.examples!r} examples: no whole number"
         return Failure(reply.client, "examples", reason)
-    if reply.examples <= 0:
-        reason = f"client {reply.client} reports {reply.examples} examples: it must be above 0"
+    if not 0 < reply.examples <= MOST:
+        reason = f"client {reply.client} reports {reply.examples} examples: it must be 1 to {MOST}"
         return Failure(reply.client, "examples", reason)
     try:
         adapter = receive(reply.client, reply.tensors, held, opened.plan)

@@ -5,6 +5,7 @@ A fault is done by client 1 in every round; the others go on as if nothing were.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,6 +81,19 @@ def with_value(key: str, value: Any) -> Change:
         return reply
 
     return spoil
+
+
+def with_figure(name: str, value: Any) -> Change:
+    def spoil(reply: Message) -> Message:
+        reply.content.metric_records["metrics"][name] = value
+        return reply
+
+    return spoil
+
+
+def without_figures(reply: Message) -> Message:
+    del reply.content["metrics"]
+    return reply
 
 
 def without_arrays(reply: Message) -> Message:
@@ -176,4 +190,10 @@ FAULTS = [
     fault("-5 examples", "values", with_value("examples", -5)),
     fault("1.5 examples", "values", with_value("examples", 1.5)),
     fault("`True` examples", "values", with_value("examples", True)),
+    fault("a megabyte of text as examples", "values", with_value("examples", "x" * 10**6)),
+    fault("2^62 examples", "examples", with_value("examples", 2**62)),
+    fault("NaN as its training loss", "metrics", with_figure("train_loss", math.nan)),
+    fault("10^308 seconds of training", "metrics", with_figure("seconds_compute", 1e308)),
+    fault("no figures of its training", "metrics", without_figures),
+    fault("half of its scores", "metrics", with_figure("evaluation.accuracy", [0.5])),
 ]  # fmt: skip

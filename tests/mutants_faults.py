@@ -46,7 +46,7 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "a dead federation runs for ever", "flower_faults"),
     ("missing-not-named", "rounds.py", "sorted(opened.messages.keys() - answered)", "[]",
      "a silent client is in no log", "flower_faults"),
-    ("no-examples-taken", "rounds.py", "if reply.examples <= 0:", "if False:",
+    ("no-examples-taken", "rounds.py", "if not 0 < reply.examples <= MOST:", "if False:",
      "a weight of zero, or below", "flower_faults"),
     # ------------------------------------------------------------ messages and nodes
     ("any-shape", "flower/wire.py", "if name in want and shape != want[name]:", "if False:",
@@ -56,6 +56,9 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "a small array brings a large message", "flower_faults"),
     ("stale-taken", "flower/wire.py", "if said != (run, opened.round, client):", "if False:",
      "last week's answer is merged", "flower_faults"),
+    ("any-figure", "flower/wire.py",
+     "if not isinstance(value, float) or not abs(value) < LARGEST:", "if False:",
+     "NaN in a client's loss ends the server", "flower_faults"),
     ("limits-ignored", "flower/node.py", "if rule not in allowed:", "if False:",
      "a server talks a node into another rule", "flower_node"),
     ("any-base", "flower/node.py", "if order.base != node.loaded.base:", "if False:",
