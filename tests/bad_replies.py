@@ -5,8 +5,9 @@ A fault is done by client 1 in every round; the others go on as if nothing were.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,36 @@ def a_round_late() -> Options:
     return {"change": of_client(FAULTY, late)}
 
 
+def twice(order: Callable[[Sequence[Message]], list[Message]]) -> Callable[[], Options]:
+    """A second answer with other numbers arrives behind the first, or before it."""
+    other = with_array(lambda a: 2 * a)
+
+    def shuffle(replies: list[Message]) -> list[Message]:
+        pairs = [[r, other(copy.deepcopy(r))] if trained_by(r) == FAULTY else [r] for r in replies]
+        return [reply for pair in pairs for reply in order(pair)]
+
+    return lambda: {"shuffle": shuffle}
+
+
+def unasked() -> Options:
+    """Every node that is not asked in a round answers as well, as one that was."""
+    nodes: set[int] = set()
+
+    def shuffle(replies: list[Message]) -> list[Message]:
+        asked = {reply.metadata.src_node_id for reply in replies}
+        nodes.update(asked)
+        answers = [reply for reply in replies if trained_by(reply)]
+        return replies + [_sent_by(node, r) for r in answers[:1] for node in sorted(nodes - asked)]
+
+    return {"shuffle": shuffle}
+
+
+def _sent_by(node: int, reply: Message) -> Message:
+    made = copy.deepcopy(reply)
+    made.metadata.__dict__["_src_node_id"] = node  # Flower gives it no setter
+    return made
+
+
 def diverging(message: Message, context: Context) -> Message:
     """The client's training, from arrays so large that it really diverges."""
     if _order_for(message) == FAULTY:
@@ -185,6 +216,9 @@ FAULTS = [
     fault("bytes that are no array", "bytes",
           with_array(lambda a: Array("float32", a.shape, "numpy.ndarray", b"rubbish"))),
     fault("bytes of another array than announced", "bytes", with_array(lying)),
+    Fault("two answers, the good one first", twice(list), ("twice", "twice")),
+    Fault("two answers, the good one last", twice(lambda p: [*reversed(p)]),
+          ("twice", "twice")),
     fault("no arrays at all", "message", without_arrays),
     fault("0 examples", "examples", with_value("examples", 0)),
     fault("-5 examples", "values", with_value("examples", -5)),

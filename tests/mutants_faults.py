@@ -48,6 +48,8 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "a silent client is in no log", "flower_faults"),
     ("no-examples-taken", "rounds.py", "if not 0 < reply.examples <= MOST:", "if False:",
      "a weight of zero, or below", "flower_faults"),
+    ("first-answer-counts", "rounds.py", "results.pop(found.client, None)", "pass",
+     "of two answers the order decides", "flower_faults"),
     # ------------------------------------------------------------ messages and nodes
     ("any-shape", "flower/wire.py", "if name in want and shape != want[name]:", "if False:",
      "what broadcasts is merged", "flower_faults"),

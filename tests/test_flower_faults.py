@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bad_replies import FAULTS, FAULTY, LENIENT, Fault, on_flower, run_without
+from bad_replies import FAULTS, FAULTY, LENIENT, Fault, on_flower, run_without, unasked
 from bench import Place, adapter_bytes, records
 from conftest import random_adapter, same_adapters
 from flower_grid import LocalGrid
@@ -54,6 +54,18 @@ def test_a_bad_reply_is_refused_and_the_adapter_is_that_of_the_others(
     for failures in found:
         assert f"client {FAULTY}" in failures[0]["reason"]
         assert len(failures[0]["reason"]) < 500
+
+
+def test_an_answer_that_nobody_asked_for_is_named_and_changes_nothing(place: Place) -> None:
+    """Two of three clients are asked in a round; the third answers as well."""
+    changes = {"merge__participation": 0.6, "run__rounds": 3}
+    folder = on_flower(place, "unasked", unasked(), **changes)
+    assert adapter_bytes(folder) == adapter_bytes(place.run("plain", **changes))
+    for record in records(folder)[1:]:
+        (failure,) = record["failures"]
+        assert failure["code"] == "unasked"
+        assert failure["client"] not in record["clients"]
+        assert len(record["clients"]) == 2
 
 
 def test_too_few_replies_keep_the_adapter_and_then_end_the_run_resumable(place: Place) -> None:

@@ -139,13 +139,15 @@ class FedloraStrategy(Strategy):
 
     def read(self, replies: Iterable[Message], opened: Opened) -> list[Reply | Failure]:
         """Every reply as what `close_round` takes, by the node it came from."""
+        known = {seen.node_id: client for client, seen in self.seen.items()}
         found: list[Reply | Failure] = []
         for message in replies:
-            client = self.asked.get(message.metadata.src_node_id)
-            if client is None:
-                log.warning("round %d: a reply of a node that was not asked", opened.round)
+            node_id = message.metadata.src_node_id
+            if node_id in self.asked:
+                found.append(read_reply(message, self.asked[node_id], self.run_name, opened))
                 continue
-            found.append(read_reply(message, client, self.run_name, opened))
+            name = known.get(node_id, f"of node {node_id}")
+            found.append(Failure(name, "unasked", f"client {name} is not of this round"))
         return found
 
     def find_nodes(self, grid: Grid, wanted: Iterable[str], seconds: float) -> None:
