@@ -21,7 +21,7 @@ from fedlora.adapter import WHOLE, Adapter, byte_count, flatten
 from fedlora.config import Config
 from fedlora.flower.wire import ORDER, REPLY, Order, arrays_of, order_content, read_reply
 from fedlora.modes import GLOBAL, Step, merge_policy
-from fedlora.rounds import Failure, Opened, Reply, close_round, open_round
+from fedlora.rounds import MOST, Failure, Opened, Reply, close_round, open_round
 from fedlora.rules import get_rule
 from fedlora.server import ServerState
 from fedlora.simulation import Progress
@@ -204,10 +204,7 @@ class FedloraStrategy(Strategy):
 
 def _seen(node_id: int, content: RecordDict) -> Seen:
     values: Mapping[str, Any] = content.config_records.get(REPLY, ConfigRecord())
-    examples = values.get("examples", 0)
-    return Seen(
-        node_id,
-        str(values.get("client", "")),
-        examples if isinstance(examples, int) else 0,
-        str(values.get("base", "")),
-    )
+    claimed = values.get("examples", 0)
+    counts = type(claimed) is int and 0 <= claimed <= MOST  # a bool is an int to isinstance
+    examples = claimed if counts else 0
+    return Seen(node_id, str(values.get("client", "")), examples, str(values.get("base", "")))
