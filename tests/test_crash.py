@@ -86,6 +86,20 @@ def test_a_full_or_broken_disk_says_so_and_leaves_what_was_there(
     same_in_the_end(place, job.folder, want)
 
 
+def test_on_a_full_disk_the_first_error_is_the_one_that_is_raised(
+    whole: tuple[Place, bytes, float],
+) -> None:
+    """What is saved at the end cannot be written either; that is noted, and hides nothing."""
+    job = whole[0].job("first-error", **SETTINGS)
+    with (
+        failing_sync(errno.ENOSPC, 12),
+        pytest.raises(OSError, match=r"checkpoints/round-000002\.ckpt: No space") as caught,
+    ):
+        execute(job)
+    (note,) = caught.value.__notes__
+    assert note.startswith("the results so far could not be saved either: cannot write")
+
+
 def checkpoint(seed: int = 0) -> Checkpoint:
     state = ServerState(random_adapter(seed), {"merge_error": 0.1}, random_adapter(2).layers)
     own = {"a": ClientState(random_adapter(3), random_adapter(4).dense), "b": ClientState()}
