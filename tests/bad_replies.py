@@ -178,6 +178,12 @@ def raising(message: Message, context: Context) -> Message:
     return client(message, context)
 
 
+def misled(message: Message, context: Context) -> Message:
+    if _order_for(message) == FAULTY:
+        message.content.config_records["order"]["client"] = "0"
+    return client(message, context)
+
+
 def _order_for(message: Message) -> str:
     order = message.content.config_records["order"]
     return str(order.get("client", ""))
@@ -189,6 +195,12 @@ def spoiling(spoil: Change) -> Callable[[], Options]:
 
 def running(app: App) -> Callable[[], Options]:
     return lambda: {"app": app}
+
+
+def limited(**limits: Any) -> Callable[[], Options]:
+    """Its node config has these limits."""
+    own = {key.replace("_", "-"): value for key, value in limits.items()}
+    return lambda: {"nodes": [node | own if node == NODES[1] else node for node in NODES]}
 
 
 def fault(done: str, code: str, spoil: Change) -> Fault:
@@ -229,5 +241,9 @@ FAULTS = [
     fault("NaN as its training loss", "metrics", with_figure("train_loss", math.nan)),
     fault("10^308 seconds of training", "metrics", with_figure("seconds_compute", 1e308)),
     fault("no figures of its training", "metrics", without_figures),
-    fault("half of its scores", "metrics", with_figure("evaluation.accuracy", [0.5])),
+    fault("a list among its scores", "metrics", with_figure("evaluation.accuracy", [0.5])),
+    Fault("its node does not allow the rule", limited(rules="ffa"), ("rule", "rule")),
+    Fault("its node allows no rounds", limited(max_rounds=0), ("rounds", "rounds")),
+    Fault("its node allows another base model", limited(base="0000"), ("base", "base")),
+    Fault("the order it gets is another client's", running(misled), ("client", "client")),
 ]  # fmt: skip
