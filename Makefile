@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test mutants docs clean
+.PHONY: demo test mutants faults docs clean
 
 demo: $(VENV)/demo  ## run the built-in federation
 	$(BIN)/fedlora demo
@@ -21,6 +21,9 @@ mutants: $(VENV)/dev  ## break the code on purpose, one bug at a time, and see e
 	$(BIN)/python tests/mutants_merge.py
 	$(BIN)/python tests/mutants_svd.py
 	$(BIN)/python tests/mutants_faults.py
+
+faults: $(VENV)/dev  ## break runs and clients for real and print the tables of docs/reliability.md
+	$(BIN)/python tests/fault_table.py
 
 docs: $(VENV)/dev  ## write the generated pages anew
 	$(BIN)/python docs/generate.py

@@ -113,15 +113,16 @@ def recording(job: Job, watch: Watch) -> Iterator[Note]:
             _keep(job.folder, step, done)
         watch("round", record)
 
-    stopped = ""
     try:
         yield note
     except BaseException as error:
         stopped = " ".join(str(error).split()) or type(error).__name__
-        raise
-    finally:
-        if done.records:
+        try:
             _save(job, done, sizes, stopped)
+        except OSError as second:  # a full disk, most likely, that ended the run already
+            error.add_note(f"the results so far could not be saved either: {second}")
+        raise
+    _save(job, done, sizes, "")
     remove_checkpoints(job.folder / CHECKPOINTS)
     watch("done", {"folder": job.folder, "record": done.records[-1]})
 
@@ -187,6 +188,8 @@ def _save(job: Job, done: _Done, sizes: Mapping[str, Any], stopped: str) -> None
 
     `stopped` says what ended the run early; empty where it came to its end.
     """
+    if not done.records:
+        return
     config, folder = job.config, job.folder
     trainable, base = parameter_counts(job.model)
     summary = summary_record(

@@ -19,6 +19,12 @@ from fedlora.modes import Step
 
 Record: TypeAlias = dict[str, Any]
 SECONDS = ("compute", "evaluate", "aggregate", "total")
+FIGURES = (  # that every client reports of its training
+    "train_loss", "steps", "learning_rate_first", "learning_rate_last", "seconds_compute",
+    "seconds_evaluate",
+)  # fmt: skip
+KINDS = ("evaluation", "heldout")  # what it may have evaluated on, each with all of the SCORES
+SCORES = ("accuracy", "macro_f1", "loss", "examples")
 
 
 def round_record(

@@ -15,6 +15,7 @@ from fedlora.policy import Policy, Receiver, cut_for
 from fedlora.rules import Plan, Rule
 from fedlora.server import ServerState, aggregate, downlink, plan_round, receive, sample_clients
 
+MOST = 2**53  # examples that a client may report: larger weights are no longer exact
 FAILED = "failed_rounds"  # in the server's memory: rounds in a row that too few clients answered
 
 
@@ -102,20 +103,22 @@ def close_round(
 
     Fewer than `policy.min_clients` good replies (0: all that were asked) leave the adapter as it is
     to the bit; after `policy.max_failed_rounds` such rounds in a row FederationError ends the run.
-    The order of replies does not matter.
+    The order of replies does not matter; a client that answers twice is left out.
     """
     results: dict[str, ClientResult] = {}
+    sizes: dict[str, int] = {}
     failures: list[Failure] = []
-    received = 0
     for reply in replies:
         found = reply if isinstance(reply, Failure) else checked_reply(opened, reply)
-        if isinstance(found, ClientResult) and found.client in results:
-            found = Failure(found.client, "twice", f"client {found.client} answered twice")
+        if isinstance(found, ClientResult) and found.client in sizes:
+            results.pop(found.client, None)  # which one counts would depend on their order
+            reason = f"client {found.client} answered twice: no answer of it is used"
+            found = Failure(found.client, "twice", reason)
         if isinstance(found, Failure):
             failures.append(found)
             continue
         results[found.client] = found
-        received += byte_count(reply.tensors) if isinstance(reply, Reply) else 0
+        sizes[found.client] = byte_count(reply.tensors) if isinstance(reply, Reply) else 0
     answered = results.keys() | {failure.client for failure in failures}
     failures += [
         Failure(client, "missing", f"client {client} did not answer in time")
@@ -123,6 +126,7 @@ def close_round(
     ]
     failures.sort(key=lambda failure: (failure.client, failure.code, failure.reason))
     good = [results[client] for client in sorted(results)]
+    received = sum(sizes[client] for client in results)
     if len(good) < (policy.min_clients or len(opened.messages)):
         return Closed(_failed(opened, state, good, failures, policy), good, failures, received)
     merged = aggregate(rule, state, good, opened.round, policy)
@@ -138,8 +142,8 @@ def checked_reply(opened: Opened, reply: Reply) -> ClientResult | Failure:
     if isinstance(reply.examples, bool) or not isinstance(reply.examples, int):
         reason = f"client {reply.client} reports {reply.examples!r} examples: no whole number"
         return Failure(reply.client, "examples", reason)
-    if reply.examples <= 0:
-        reason = f"client {reply.client} reports {reply.examples} examples: it must be above 0"
+    if not 0 < reply.examples <= MOST:
+        reason = f"client {reply.client} reports {reply.examples} examples: it must be 1 to {MOST}"
         return Failure(reply.client, "examples", reason)
     try:
         adapter = receive(reply.client, reply.tensors, held, opened.plan)

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Context, Error, Message, Metadata, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+App = Callable[[Message, Context], Message]
 Change = Callable[[Message], Message | None]
+Shuffle = Callable[[list[Message]], list[Message]]
 
 
 class LocalGrid(Grid):
@@ -21,11 +22,11 @@ class LocalGrid(Grid):
 
     def __init__(
         self,
-        app: ClientApp,
+        app: App,
         run_config: Mapping[str, Any],
         nodes: Sequence[Mapping[str, Any]],
         *,
-        shuffle: Callable[[list[Message]], list[Message]] = lambda messages: messages[::-1],
+        shuffle: Shuffle = lambda messages: messages[::-1],
         change: Change = lambda reply: reply,
     ) -> None:
         self.app, self.shuffle, self.change = app, shuffle, change

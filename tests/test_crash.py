@@ -5,15 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import random
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from bench import Place, adapter_bytes, summary
+from bench import Place, adapter_bytes
 from conftest import random_adapter, same_adapters
+from crashes import SETTINGS, failing_sync, finished, killed_after, killed_at
 
 from fedlora.adapter import ClientState
 from fedlora.checkpoint import (
@@ -25,19 +24,17 @@ from fedlora.checkpoint import (
     save_checkpoint,
 )
 from fedlora.resume import find
-from fedlora.run import execute, prepare
+from fedlora.run import execute
 from fedlora.server import ServerState
 from fedlora.simulation import Progress
 
 pytest_plugins = ["tiny"]
 Tiny = Callable[[str], Path]
-ROUNDS = 3
-SETTINGS = {"run__rounds": ROUNDS, "client__optimiser": "keep", "merge__rule": "fedex"}
 POINTS = [
     "start:1", "evaluate:1", "round:1", "fit:1", "fit:5", "fitted:1", "fitted:6", "evaluate:2",
-    "round:2", "fsync:2", "fsync:4", "fsync:5", "fsync:6", "fsync:9", "fsync:11", "replace:1",
-    "replace:3", "replace:4", "replaced:3", "replaced:4", "mkdtemp:1", "rename:1", "mkdtemp:2",
-    "rename:2",
+    "round:2", "fsync:2", "fsync:4", "fsync:5", "fsync:6", "half:1", "half:2", "fsync:9",
+    "fsync:11", "replace:1", "replace:3", "replace:4", "replaced:3", "replaced:4", "mkdtemp:1",
+    "rename:1", "mkdtemp:2", "rename:2",
 ]  # fmt: skip
 
 
@@ -51,57 +48,10 @@ def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, 
     return place, adapter_bytes(place.folder / "whole"), time.perf_counter() - began
 
 
-def killed_at(place: Place, name: str, point: str) -> Path:
-    """Runs in a child process that kills itself when it reaches a point for the n-th time."""
-    job = place.job(name, **SETTINGS)
-    where, _, number = point.partition(":")
-    child = os.fork()
-    if child:
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, f"{point} was never reached"
-        return job.folder
-    hits = 0
-
-    def reached(place: str) -> None:
-        nonlocal hits
-        hits += place == where
-        if place == where and hits == int(number):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def before(module: Any, function: str, name: str) -> None:
-        inner = getattr(module, function)
-
-        def outer(*args: Any, **options: Any) -> Any:
-            reached(name)
-            result = inner(*args, **options)
-            reached(f"{name}d")
-            return result
-
-        setattr(module, function, outer)
-
-    import tempfile
-
-    for module, function in ((os, "fsync"), (os, "replace"), (os, "rename"), (tempfile, "mkdtemp")):
-        before(module, function, function)
-    try:
-        execute(job, lambda event, facts: reached(event))
-    finally:
-        os._exit(0)  # whatever happens, the child must not go on as the tests
-
-
-def finished(place: Place, folder: Path) -> bytes:
-    """What a person gets who starts or resumes the run until it has ended."""
-    if not folder.exists():  # killed before there was a run
-        return adapter_bytes(place.run(folder.name, **SETTINGS))
-    if not ended(folder):
-        config, state = find(folder)
-        execute(prepare(config, state))
+def same_in_the_end(place: Place, folder: Path, want: bytes) -> None:
+    assert finished(place, folder) == want
     with pytest.raises(ValueError, match="has ended"):
         find(folder)
-    return adapter_bytes(folder)
-
-
-def ended(folder: Path) -> bool:
-    return (folder / "summary.json").exists() and not summary(folder)["interrupted"]
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -109,8 +59,8 @@ def test_a_run_that_is_killed_at_a_step_goes_on_to_the_same_bytes(
     whole: tuple[Place, bytes, float], point: str
 ) -> None:
     place, want, _ = whole
-    folder = killed_at(place, point.replace(":", "-"), point)
-    assert finished(place, folder) == want
+    folder = killed_at(place.job(point.replace(":", "-"), **SETTINGS), point)
+    same_in_the_end(place, folder, want)
 
 
 @pytest.mark.slow
@@ -121,40 +71,33 @@ def test_a_run_that_is_killed_at_twenty_random_moments_goes_on_to_the_same_bytes
     rng = random.Random(3)
     for number in range(20):
         job = place.job(f"random-{number}", **SETTINGS)
-        child = os.fork()
-        if child == 0:
-            try:
-                execute(job)
-            finally:
-                os._exit(0)
-        time.sleep(rng.random() * seconds)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        assert finished(place, job.folder) == want
+        same_in_the_end(place, killed_after(job, rng.random() * seconds), want)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("number", [5, 6, 8, 9])
 def test_a_full_or_broken_disk_says_so_and_leaves_what_was_there(
-    whole: tuple[Place, bytes, float], monkeypatch: pytest.MonkeyPatch, code: int, number: int
+    whole: tuple[Place, bytes, float], code: int, number: int
 ) -> None:
     place, want, _ = whole
-    folder = place.folder / f"disk-{code}-{number}"
-    job = place.job(folder.name, **SETTINGS)
-    calls, real = 0, os.fsync
+    job = place.job(f"disk-{code}-{number}", **SETTINGS)
+    with failing_sync(code, number), pytest.raises(OSError, match=os.strerror(code)):
+        execute(job)
+    same_in_the_end(place, job.folder, want)
 
-    def fsync(handle: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls >= number:
-            raise OSError(code, os.strerror(code))
-        real(handle)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fsync)
-        with pytest.raises(OSError, match=os.strerror(code)):
-            execute(job)
-    assert finished(place, folder) == want
+def test_on_a_full_disk_the_first_error_is_the_one_that_is_raised(
+    whole: tuple[Place, bytes, float],
+) -> None:
+    """What is saved at the end cannot be written either; that is noted, and hides nothing."""
+    job = whole[0].job("first-error", **SETTINGS)
+    with (
+        failing_sync(errno.ENOSPC, 12),
+        pytest.raises(OSError, match=r"checkpoints/round-000002\.ckpt: No space") as caught,
+    ):
+        execute(job)
+    (note,) = caught.value.__notes__
+    assert note.startswith("the results so far could not be saved either: cannot write")
 
 
 def checkpoint(seed: int = 0) -> Checkpoint:

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from bad_replies import FAULTS, FAULTY, LENIENT, Fault, on_flower, run_without, unasked
 from bench import Place, adapter_bytes, records
 from conftest import random_adapter, same_adapters
 from flower_grid import LocalGrid
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedlora.flower.app import client
-from fedlora.flower.serving import serve
 from fedlora.flower.wire import Order, read_reply, reply_content
 from fedlora.policy import PLAIN, Policy
+from fedlora.records import FIGURES
 from fedlora.rounds import Failure, close_round, open_round
 from fedlora.rules import get_rule
 from fedlora.server import ServerState
 
 pytest_plugins = ["tiny"]
 Tiny = Callable[[str], Path]
-NODES: list[dict[str, Any]] = [{"partition-id": number} for number in range(3)]
-LENIENT = {"run__min_clients": 1, "run__max_failed_rounds": 2, "run__rounds": 2}
 
 
 @pytest.fixture
@@ -33,104 +33,39 @@ def place(tiny: Tiny, tmp_path: Path) -> Place:
     return Place(tiny("bert"), tmp_path)
 
 
-def run(place: Place, name: str, change: Any = lambda reply: reply, nodes: Any = None,
-        **changes: Any) -> Path:  # fmt: skip
-    config = place.config(name, **changes)
-    return serve(LocalGrid(client, config.flat(), nodes or NODES, change=change), config.flat())
+@pytest.fixture(scope="module")
+def without(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, bytes]:
+    """A place, and the bytes of the plain loop over the clients that are not faulty."""
+    place = Place(tiny("bert"), tmp_path_factory.mktemp("faults"))
+    return place, adapter_bytes(run_without(place, "without", FAULTY, **LENIENT))
 
 
-def of_client(name: str, spoil: Callable[[Message], Message | None]) -> Any:
-    """Spoils the training replies of one client, and no other message."""
-
-    def change(reply: Message) -> Message | None:
-        if reply.has_error() or reply.metadata.message_type != "train":
-            return reply
-        values = reply.content.config_records["reply"]
-        return spoil(reply) if values.get("client") == name else reply
-
-    return change
-
-
-def with_array(edit: Callable[[np.ndarray], Any], which: str = "lora_B") -> Any:
-    def spoil(reply: Message) -> Message:
-        arrays = reply.content.array_records["arrays"]
-        name = next(name for name in arrays if which in name)
-        made = edit(arrays[name].numpy())
-        arrays[name] = made if isinstance(made, Array) else Array(made)
-        return reply
-
-    return spoil
-
-
-def with_value(key: str, value: Any) -> Any:
-    def spoil(reply: Message) -> Message:
-        reply.content.config_records["reply"][key] = value
-        return reply
-
-    return spoil
-
-
-def without_arrays(reply: Message) -> Message:
-    del reply.content["arrays"]
-    return reply
-
-
-def without_one(reply: Message) -> Message:
-    arrays = reply.content.array_records["arrays"]
-    del arrays[next(iter(arrays))]
-    return reply
-
-
-def with_one_more(reply: Message) -> Message:
-    reply.content.array_records["arrays"]["bert.pooler"] = Array(np.zeros((2, 2), np.float32))
-    return reply
-
-
-def an_error(reply: Message) -> Message:
-    return Message(error=Error(2, "the process died"), metadata=reply.metadata)
-
-
-def lying(array: np.ndarray) -> Array:
-    honest = Array(array)
-    return Array("float32", honest.shape, "numpy.ndarray", Array(np.zeros((1, 1))).data)
-
-
-BAD = [
-    ("nan", with_array(lambda a: a * np.float32(np.nan)), "tensors"),
-    ("inf", with_array(lambda a: a + np.float32(np.inf)), "tensors"),
-    ("broadcasts", with_array(lambda a: a[:1]), "shapes"),
-    ("transposed", with_array(lambda a: a.T), "shapes"),
-    ("float64", with_array(lambda a: a.astype(np.float64)), "dtypes"),
-    ("oversized", with_array(lambda a: Array("float32", a.shape, "numpy.ndarray", b"0" * 10**6)),
-     "size"),
-    ("rubbish", with_array(lambda a: Array("float32", a.shape, "numpy.ndarray", b"rubbish")),
-     "bytes"),
-    ("pickle", with_array(lambda a: Array("float32", a.shape, "pickle", b"cos\nsystem\n")),
-     "dtypes"),
-    ("lies of its shape", with_array(lying), "bytes"),
-    ("no arrays", without_arrays, "message"),
-    ("one missing", without_one, "names"),
-    ("one too many", with_one_more, "names"),
-    ("no examples", with_value("examples", 0), "examples"),
-    ("negative", with_value("examples", -5), "values"),
-    ("half", with_value("examples", 1.5), "values"),
-    ("stale", with_value("round", 0), "stale"),
-    ("another run", with_value("run", "other/0"), "stale"),
-    ("error", an_error, "error"),
-    ("silent", lambda reply: None, "missing"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("spoil", "code"), [bad[1:] for bad in BAD], ids=[b[0] for b in BAD])
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.done)
 def test_a_bad_reply_is_refused_and_the_adapter_is_that_of_the_others(
-    place: Place, spoil: Any, code: str
+    without: tuple[Place, bytes], fault: Fault
 ) -> None:
-    without = run(place, "without", of_client("1", lambda reply: None), **LENIENT)
-    spoiled = run(place, "spoiled", of_client("1", spoil), **LENIENT)
-    assert adapter_bytes(spoiled) == adapter_bytes(without)
-    for record in records(spoiled)[1:]:
-        assert [(f["client"], f["code"]) for f in record["failures"]] == [("1", code)]
-        assert "client 1" in record["failures"][0]["reason"]
+    place, want = without
+    spoiled = on_flower(place, f"fault-{FAULTS.index(fault)}", fault.options(), **LENIENT)
+    assert adapter_bytes(spoiled) == want
+    found = [record["failures"] for record in records(spoiled)[1:]]
+    assert [[(f["client"], f["code"]) for f in failures] for failures in found] == [
+        [(FAULTY, code)] for code in fault.codes
+    ]
+    for failures in found:
+        assert f"client {FAULTY}" in failures[0]["reason"]
+        assert len(failures[0]["reason"]) < 500
+
+
+def test_an_answer_that_nobody_asked_for_is_named_and_changes_nothing(place: Place) -> None:
+    """Two of three clients are asked in a round; the third answers as well."""
+    changes = {"merge__participation": 0.6, "run__rounds": 3}
+    folder = on_flower(place, "unasked", unasked(), **changes)
+    assert adapter_bytes(folder) == adapter_bytes(place.run("plain", **changes))
+    for record in records(folder)[1:]:
+        (failure,) = record["failures"]
+        assert failure["code"] == "unasked"
+        assert failure["client"] not in record["clients"]
+        assert len(record["clients"]) == 2
 
 
 def test_too_few_replies_keep_the_adapter_and_then_end_the_run_resumable(place: Place) -> None:
@@ -141,14 +76,14 @@ def test_too_few_replies_keep_the_adapter_and_then_end_the_run_resumable(place: 
         values = reply.content.config_records["reply"]
         return None if values.get("round") in silent else reply
 
-    whole = run(place, "whole", change, run__rounds=4, run__max_failed_rounds=3)
+    whole = on_flower(place, "whole", {"change": change}, run__rounds=4, run__max_failed_rounds=3)
     log = records(whole)
     assert [len(record["failures"]) for record in log] == [0, 0, 3, 3, 0]
     assert log[1]["global"] == log[2]["global"] == log[3]["global"] != log[4]["global"]
     with pytest.raises(ValueError, match=r"round 3: 0 of 3 clients .* 2\. round in a row; stopped"):
-        run(place, "ended", change, run__rounds=4, run__max_failed_rounds=2)
+        on_flower(place, "ended", {"change": change}, run__rounds=4, run__max_failed_rounds=2)
     silent.clear()
-    resumed = run(place, "ended", run__rounds=4, run__max_failed_rounds=2)
+    resumed = on_flower(place, "ended", run__rounds=4, run__max_failed_rounds=2)
     assert [record["round"] for record in records(resumed)] == [0, 1, 2, 3, 4]
 
 
@@ -157,7 +92,7 @@ def test_a_stopped_server_goes_on_to_the_same_bytes(place: Place) -> None:
     began.
     """
     changes = {"client__optimiser": "keep", "run__rounds": 4}
-    whole = run(place, "whole", **changes)
+    whole = on_flower(place, "whole", **changes)
     seen: list[int] = []
 
     def dies(reply: Message) -> Message | None:
@@ -167,8 +102,8 @@ def test_a_stopped_server_goes_on_to_the_same_bytes(place: Place) -> None:
         return reply
 
     with pytest.raises(KeyboardInterrupt):
-        run(place, "stopped", dies, **changes)
-    assert adapter_bytes(run(place, "stopped", **changes)) == adapter_bytes(whole)
+        on_flower(place, "stopped", {"change": dies}, **changes)
+    assert adapter_bytes(on_flower(place, "stopped", **changes)) == adapter_bytes(whole)
 
 
 def test_two_thousand_generated_replies_change_nothing_and_raise_nothing(place: Place) -> None:
@@ -199,28 +134,32 @@ def test_two_thousand_generated_replies_change_nothing_and_raise_nothing(place: 
             if turn < 0.4:
                 arrays = content.array_records["arrays"]
                 arrays[rng.choice([*arrays, "new"])] = array()
-            elif turn < 0.8:
+            elif turn < 0.7:
                 values = content.config_records["reply"]
                 values[rng.choice([*values, "code", "new"])] = rng.choice(made)()
+            elif turn < 0.8:
+                odd = [math.nan, -math.inf, 1e300, [0.5], 2**40]
+                content.metric_records["metrics"][rng.choice(FIGURES)] = rng.choice(odd)
             else:
                 kinds = [ArrayRecord(), ConfigRecord(), MetricRecord()]
-                content[rng.choice(["arrays", "reply"])] = rng.choice(kinds)
+                content[rng.choice(["arrays", "reply", "metrics"])] = rng.choice(kinds)
                 break
         return reply
 
     start = random_adapter(0)
     state, rule = ServerState(start), get_rule("fra")
     opened = open_round(rule, start, state, 1, ["a", "b"], seed=0, participation=1.0, policy=PLAIN)
-    grid = LocalGrid(client, {}, [{}])
+    grid = LocalGrid(lambda message, context: message, {}, [{}])
     order = Order("run/0", 1, "b", opened.plan, "hash")
-    good = [reply_content(Order("run/0", 1, c, opened.plan, "h"), dict(opened.messages[c]), 5, {})
-            for c in ("a", "b")]  # fmt: skip
+    figures = dict.fromkeys(FIGURES, 0.5)
+    other = replace(order, client="a")
+    good = reply_content(other, dict(opened.messages["a"]), 5, figures)
     one = Policy(min_clients=1)
-    replies = [read_reply(grid.create_message(good[0], "train", 1, "1"), "a", "run/0", opened)]
+    replies = [read_reply(grid.create_message(good, "train", 1, "1"), "a", "run/0", opened)]
     want = close_round(rule, opened, state, replies, one).state.adapter
     refused = 0
     for _ in range(2000):
-        content = reply_content(order, dict(opened.messages["b"]), 5, {})
+        content = reply_content(order, dict(opened.messages["b"]), 5, figures)
         message = spoil(grid.create_message(RecordDict(dict(content)), "train", 1, "1"))
         found = read_reply(message, "b", "run/0", opened)
         if isinstance(found, Failure):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import Place, records
+from bench import Place, records, summary
 from conftest import random_adapter, same_adapters
 from flower_grid import LocalGrid
 from flwr.app import Message
@@ -106,6 +106,23 @@ def test_a_nodes_own_file_is_never_named_to_the_server(place: Place) -> None:
     text = f"{hello}{trained.config_records}{trained.metric_records}"
     assert str(place.train) not in text
     assert not any(word in text for word in ("good", "awful", "food"))
+
+
+@pytest.mark.parametrize(("claimed", "noted"), [(2**50, 2**50), (2**60, 0), (-5, 0), (True, 0)])
+def test_the_rows_that_a_node_claims_take_no_memory_at_the_server(
+    place: Place, claimed: int, noted: int
+) -> None:
+    flat = place.config("run", flower__clients=["north"], data__labels=["neg", "pos"],
+                        run__rounds=1).flat()  # fmt: skip
+
+    def boast(reply: Message) -> Message:
+        if reply.metadata.message_type == "query.hello":
+            reply.content.config_records["reply"]["examples"] = claimed
+        return reply
+
+    own = {"name": "north", "data": str(place.train), "state": str(place.folder / "own")}
+    folder = serve(LocalGrid(client, flat, [own], change=boast), flat)
+    assert summary(folder)["clients"]["north"]["train"] == noted
 
 
 def test_a_server_without_data_of_its_own_runs_all_the_same(place: Place) -> None:

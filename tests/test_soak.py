@@ -23,6 +23,7 @@ from fedlora.config import make_config
 from fedlora.flower.strategy import FedloraStrategy
 from fedlora.flower.wire import arrays_of, read_order, refusal_content, reply_content, tensors_of
 from fedlora.modes import Step
+from fedlora.records import FIGURES
 
 ROUNDS = 500
 CLIENTS = [f"c{number}" for number in range(10)]
@@ -54,7 +55,7 @@ def train(message: Message, context: Context) -> Message:
         name: tensor + 0.01 * torch.randn(tensor.shape, generator=stream)
         for name, tensor in flatten(overlay(sent, START), order.plan.shares).items()
     }
-    content = reply_content(order, shared, rng.randrange(1, 50), {"train_loss": turn})
+    content = reply_content(order, shared, rng.randrange(1, 50), dict.fromkeys(FIGURES, turn))
     if turn < 0.10:
         content["arrays"] = ArrayRecord()
     return Message(content, reply_to=message)

@@ -56,14 +56,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a tiny base without a head, with its tokenizer, by architecture."""
     root = tmp_path_factory.mktemp("tiny")
 
-    def folder(kind: str) -> Path:
-        if not (root / kind).is_dir():
-            transformers.utils.logging.disable_progress_bar()
-            make_base(kind).save_pretrained(root / kind)
-            make_tokenizer(kind).save_pretrained(root / kind)
-        return root / kind
+    return lambda kind: saved_base(root, kind)
 
-    return folder
+
+def saved_base(root: Path, kind: str) -> Path:
+    """The folder in `root` of a tiny base and its tokenizer, made where it is not there yet."""
+    if not (root / kind).is_dir():
+        transformers.utils.logging.disable_progress_bar()
+        make_base(kind).save_pretrained(root / kind)
+        make_tokenizer(kind).save_pretrained(root / kind)
+    return root / kind
 
 
 def make_tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:

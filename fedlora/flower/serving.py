@@ -53,7 +53,8 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> Path:
     strategy.find_nodes(grid, names, config.flower.wait)
     strategy.check_bases()
     if job.config.flower.clients:
-        rows = {c: np.arange(seen.examples) for c, seen in sorted(strategy.seen.items())}
+        row = np.zeros(1, dtype=np.int64)  # only their number is known, which takes no memory
+        rows = {c: np.broadcast_to(row, seen.examples) for c, seen in sorted(strategy.seen.items())}
         none = {client: np.arange(0) for client in rows}
         job = replace(job, data=replace(job.data, rows=rows, heldout=none))
     with recording(job, _told) as note:

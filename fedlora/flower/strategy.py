@@ -21,7 +21,7 @@ from fedlora.adapter import WHOLE, Adapter, byte_count, flatten
 from fedlora.config import Config
 from fedlora.flower.wire import ORDER, REPLY, Order, arrays_of, order_content, read_reply
 from fedlora.modes import GLOBAL, Step, merge_policy
-from fedlora.rounds import Failure, Opened, Reply, close_round, open_round
+from fedlora.rounds import MOST, Failure, Opened, Reply, close_round, open_round
 from fedlora.rules import get_rule
 from fedlora.server import ServerState
 from fedlora.simulation import Progress
@@ -139,13 +139,15 @@ class FedloraStrategy(Strategy):
 
     def read(self, replies: Iterable[Message], opened: Opened) -> list[Reply | Failure]:
         """Every reply as what `close_round` takes, by the node it came from."""
+        known = {seen.node_id: client for client, seen in self.seen.items()}
         found: list[Reply | Failure] = []
         for message in replies:
-            client = self.asked.get(message.metadata.src_node_id)
-            if client is None:
-                log.warning("round %d: a reply of a node that was not asked", opened.round)
+            node_id = message.metadata.src_node_id
+            if node_id in self.asked:
+                found.append(read_reply(message, self.asked[node_id], self.run_name, opened))
                 continue
-            found.append(read_reply(message, client, self.run_name, opened))
+            name = known.get(node_id, f"of node {node_id}")
+            found.append(Failure(name, "unasked", f"client {name} is not of this round"))
         return found
 
     def find_nodes(self, grid: Grid, wanted: Iterable[str], seconds: float) -> None:
@@ -202,10 +204,7 @@ class FedloraStrategy(Strategy):
 
 def _seen(node_id: int, content: RecordDict) -> Seen:
     values: Mapping[str, Any] = content.config_records.get(REPLY, ConfigRecord())
-    examples = values.get("examples", 0)
-    return Seen(
-        node_id,
-        str(values.get("client", "")),
-        examples if isinstance(examples, int) else 0,
-        str(values.get("base", "")),
-    )
+    claimed = values.get("examples", 0)
+    counts = type(claimed) is int and 0 <= claimed <= MOST  # a bool is an int to isinstance
+    examples = claimed if counts else 0
+    return Seen(node_id, str(values.get("client", "")), examples, str(values.get("base", "")))

@@ -15,12 +15,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from torch import Tensor
 
 from fedlora.adapter import Adapter, Part, flatten
+from fedlora.records import FIGURES, KINDS, SCORES
 from fedlora.rounds import Failure, Opened, Reply
 from fedlora.rules import Plan
 
 ARRAYS, ORDER, REPLY, METRICS = "arrays", "order", "reply", "metrics"
 HEADER = 1024  # bytes that an array may take beyond its numbers
-PLAIN = (bool, int, float, str)
+REASON = 400  # characters of a reason that are kept
+LARGEST = 1e30  # of a client's figures: sums over clients and rounds stay finite
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,12 @@ def read_reply(message: Message, client: str, run: str, opened: Opened) -> Reply
     `client` is whom the message was sent to; what a reply says of itself must agree.
     """
     if message.has_error():
-        return Failure(client, "error", f"client {client}: {message.error.reason or 'no reason'}")
+        reason = message.error.reason or "no reason"
+        return Failure(client, "error", f"client {client}: {reason[:REASON]}")
     try:
         return _answer(message.content, client, run, opened)
     except WireError as error:
-        return Failure(client, error.code, f"client {client}: {error}")
+        return Failure(client, error.code, f"client {client}: {str(error)[:REASON]}")
 
 
 def _answer(content: RecordDict, client: str, run: str, opened: Opened) -> Reply | Failure:
@@ -147,7 +150,7 @@ def _answer(content: RecordDict, client: str, run: str, opened: Opened) -> Reply
         raise WireError("message", "the reply holds no record of itself")
     if "code" in values:
         code, reason = _text(values, "code"), _text(values, "reason")
-        return Failure(client, code[:40], f"client {client}: {reason[:400]}")
+        return Failure(client, code[:40], f"client {client}: {reason[:REASON]}")
     said = (_text(values, "run"), _count(values, "round"), _text(values, "client"))
     if said != (run, opened.round, client):
         raise WireError("stale", f"it answers {said}, asked was {(run, opened.round, client)}")
@@ -156,9 +159,8 @@ def _answer(content: RecordDict, client: str, run: str, opened: Opened) -> Reply
         raise WireError("message", "the reply holds no arrays")
     shapes = shapes_of(opened.held[client], opened.plan.shares)
     tensors = tensors_of(record, shapes)
-    metrics: Mapping[str, Any] = content.metric_records.get(METRICS) or MetricRecord()
-    plain = {name: float(v) for name, v in metrics.items() if isinstance(v, int | float)}
-    return Reply(client, tensors, _count(values, "examples"), plain)
+    metrics = content.metric_records.get(METRICS) or MetricRecord()
+    return Reply(client, tensors, _count(values, "examples"), _figures(metrics))
 
 
 def shapes_of(adapter: Adapter, parts: frozenset[Part]) -> dict[str, tuple[int, ...]]:
@@ -178,6 +180,18 @@ def _count(values: ConfigRecord, key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise WireError("values", f"{key} = {value!r} is no whole number")
     return value
+
+
+def _figures(record: MetricRecord) -> dict[str, float]:
+    """The figures that a round's record is made of, all of them; what else is there is left out."""
+    kinds = [kind for kind in KINDS if any(name.startswith(f"{kind}.") for name in record)]
+    figures: dict[str, float] = {}
+    for name in [*FIGURES, *(f"{kind}.{score}" for kind in kinds for score in SCORES)]:
+        value = record.get(name)
+        if not isinstance(value, float) or not abs(value) < LARGEST:
+            raise WireError("metrics", f"{name} = {value!r} is no number below {LARGEST:g}")
+        figures[name] = value
+    return figures
 
 
 def _parts(text: str) -> frozenset[Part]:
