@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 
 from fedlora.flower.app import client
 from fedlora.flower.serving import serve
-from fedlora.flower.wire import Order, read_reply, reply_content
+from fedlora.flower.wire import FORM, Order, read_reply, reply_content
 from fedlora.policy import PLAIN, Policy
 from fedlora.rounds import Failure, close_round, open_round
 from fedlora.rules import get_rule
@@ -51,12 +51,16 @@ def of_client(name: str, spoil: Callable[[Message], Message | None]) -> Any:
     return change
 
 
+def plain(values: np.ndarray) -> Array:
+    return Array(str(values.dtype), values.shape, FORM, values.tobytes())
+
+
 def with_array(edit: Callable[[np.ndarray], Any], which: str = "lora_B") -> Any:
     def spoil(reply: Message) -> Message:
         arrays = reply.content.array_records["arrays"]
         name = next(name for name in arrays if which in name)
-        made = edit(arrays[name].numpy())
-        arrays[name] = made if isinstance(made, Array) else Array(made)
+        made = edit(np.frombuffer(arrays[name].data, "<f4").reshape(arrays[name].shape))
+        arrays[name] = made if isinstance(made, Array) else plain(made)
         return reply
 
     return spoil
@@ -82,7 +86,7 @@ def without_one(reply: Message) -> Message:
 
 
 def with_one_more(reply: Message) -> Message:
-    reply.content.array_records["arrays"]["bert.pooler"] = Array(np.zeros((2, 2), np.float32))
+    reply.content.array_records["arrays"]["bert.pooler"] = plain(np.zeros((2, 2), np.float32))
     return reply
 
 
@@ -90,24 +94,28 @@ def an_error(reply: Message) -> Message:
     return Message(error=Error(2, "the process died"), metadata=reply.metadata)
 
 
-def lying(array: np.ndarray) -> Array:
-    honest = Array(array)
-    return Array("float32", honest.shape, "numpy.ndarray", Array(np.zeros((1, 1))).data)
+def with_header(text: str) -> Any:
+    """An array in NumPy's own format whose header says what its sender likes."""
+    header = text.encode().ljust(117) + b"\n"
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    return with_array(lambda a: Array("float32", a.shape, "numpy.ndarray", data))
 
 
+HEADER = "{'descr': '<f4', 'fortran_order': False, 'shape': (%s,), }"
 BAD = [
     ("nan", with_array(lambda a: a * np.float32(np.nan)), "tensors"),
     ("inf", with_array(lambda a: a + np.float32(np.inf)), "tensors"),
     ("broadcasts", with_array(lambda a: a[:1]), "shapes"),
     ("transposed", with_array(lambda a: a.T), "shapes"),
     ("float64", with_array(lambda a: a.astype(np.float64)), "dtypes"),
-    ("oversized", with_array(lambda a: Array("float32", a.shape, "numpy.ndarray", b"0" * 10**6)),
+    ("oversized", with_array(lambda a: Array("float32", a.shape, FORM, a.tobytes() + b"0000")),
      "size"),
-    ("rubbish", with_array(lambda a: Array("float32", a.shape, "numpy.ndarray", b"rubbish")),
-     "bytes"),
+    ("rubbish", with_array(lambda a: Array("float32", a.shape, FORM, b"rubbish")), "size"),
     ("pickle", with_array(lambda a: Array("float32", a.shape, "pickle", b"cos\nsystem\n")),
      "dtypes"),
-    ("lies of its shape", with_array(lying), "bytes"),
+    ("a petabyte", with_header(HEADER % 10**15), "dtypes"),
+    ("beyond counting", with_header(HEADER % 10**22), "dtypes"),
+    ("half a header", with_header("{("), "dtypes"),
     ("no arrays", without_arrays, "message"),
     ("one missing", without_one, "names"),
     ("one too many", with_one_more, "names"),
@@ -185,8 +193,8 @@ def test_two_thousand_generated_replies_change_nothing_and_raise_nothing(place: 
         data = rng.randbytes(rng.randrange(200))
         if rng.random() < 0.5:
             values = np.zeros(shape, dtype=np.float32 if kind == "object" else kind)
-            data = Array(values).data
-        return Array(kind, shape, rng.choice(["numpy.ndarray", "pickle", ""]), data)
+            data = values.tobytes()
+        return Array(kind, shape, rng.choice([FORM, "pickle", ""]), data)
 
     count = 0
 
