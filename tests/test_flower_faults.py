@@ -55,12 +55,25 @@ def plain(values: np.ndarray) -> Array:
     return Array(str(values.dtype), values.shape, FORM, values.tobytes())
 
 
-def with_array(edit: Callable[[np.ndarray], Any], which: str = "lora_B") -> Any:
+def with_array(edit: Callable[[np.ndarray], Any]) -> Any:
     def spoil(reply: Message) -> Message:
         arrays = reply.content.array_records["arrays"]
-        name = next(name for name in arrays if which in name)
-        made = edit(np.frombuffer(arrays[name].data, "<f4").reshape(arrays[name].shape))
-        arrays[name] = made if isinstance(made, Array) else plain(made)
+        made = edit(np.frombuffer(arrays["packed"].data, "<f4"))
+        arrays["packed"] = made if isinstance(made, Array) else plain(made)
+        return reply
+
+    return spoil
+
+
+def with_layout(edit: Callable[[list[int]], Any], which: str = "lora_B") -> Any:
+    """Another shape for one tensor; None takes it out of the layout."""
+
+    def spoil(reply: Message) -> Message:
+        layout = reply.content.config_records["layout"]
+        name = next(name for name in layout if which in name)
+        made = edit(layout.pop(name))
+        if made is not None:
+            layout[name] = made
         return reply
 
     return spoil
@@ -74,18 +87,22 @@ def with_value(key: str, value: Any) -> Any:
     return spoil
 
 
-def without_arrays(reply: Message) -> Message:
-    del reply.content["arrays"]
-    return reply
+def without(record: str) -> Any:
+    def spoil(reply: Message) -> Message:
+        del reply.content[record]
+        return reply
 
-
-def without_one(reply: Message) -> Message:
-    arrays = reply.content.array_records["arrays"]
-    del arrays[next(iter(arrays))]
-    return reply
+    return spoil
 
 
 def with_one_more(reply: Message) -> Message:
+    reply.content.config_records["layout"]["bert.pooler"] = [2, 2]
+    packed = reply.content.array_records["arrays"]["packed"]
+    packed.data, packed.shape = packed.data + bytes(16), (packed.shape[0] + 4,)
+    return reply
+
+
+def with_a_stowaway(reply: Message) -> Message:
     reply.content.array_records["arrays"]["bert.pooler"] = plain(np.zeros((2, 2), np.float32))
     return reply
 
@@ -105,8 +122,11 @@ HEADER = "{'descr': '<f4', 'fortran_order': False, 'shape': (%s,), }"
 BAD = [
     ("nan", with_array(lambda a: a * np.float32(np.nan)), "tensors"),
     ("inf", with_array(lambda a: a + np.float32(np.inf)), "tensors"),
-    ("broadcasts", with_array(lambda a: a[:1]), "shapes"),
-    ("transposed", with_array(lambda a: a.T), "shapes"),
+    ("broadcasts", with_layout(lambda shape: [1, shape[1]]), "shapes"),
+    ("transposed", with_layout(lambda shape: shape[::-1]), "shapes"),
+    ("flat", with_layout(lambda shape: [shape[0] * shape[1]]), "shapes"),
+    ("below nothing", with_layout(lambda shape: [-shape[0], -shape[1]]), "shapes"),
+    ("a text for a shape", with_layout(str), "shapes"),
     ("float64", with_array(lambda a: a.astype(np.float64)), "dtypes"),
     ("oversized", with_array(lambda a: Array("float32", a.shape, FORM, a.tobytes() + b"0000")),
      "size"),
@@ -116,9 +136,12 @@ BAD = [
     ("a petabyte", with_header(HEADER % 10**15), "dtypes"),
     ("beyond counting", with_header(HEADER % 10**22), "dtypes"),
     ("half a header", with_header("{("), "dtypes"),
-    ("no arrays", without_arrays, "message"),
-    ("one missing", without_one, "names"),
+    ("no arrays", without("arrays"), "message"),
+    ("no layout", without("layout"), "message"),
+    ("one missing", with_layout(lambda shape: None), "names"),
     ("one too many", with_one_more, "names"),
+    ("a stowaway", with_a_stowaway, "names"),
+    ("cut off", with_array(lambda a: a[:-1]), "size"),
     ("no examples", with_value("examples", 0), "examples"),
     ("negative", with_value("examples", -5), "values"),
     ("half", with_value("examples", 1.5), "values"),
@@ -204,15 +227,15 @@ def test_two_thousand_generated_replies_change_nothing_and_raise_nothing(place: 
         content = reply.content
         for _ in range(rng.randrange(1, 4)):
             turn = rng.random()
-            if turn < 0.4:
+            if turn < 0.3:
                 arrays = content.array_records["arrays"]
                 arrays[rng.choice([*arrays, "new"])] = array()
-            elif turn < 0.8:
-                values = content.config_records["reply"]
+            elif turn < 0.7:
+                values = content.config_records[rng.choice(["reply", "layout"])]
                 values[rng.choice([*values, "code", "new"])] = rng.choice(made)()
             else:
                 kinds = [ArrayRecord(), ConfigRecord(), MetricRecord()]
-                content[rng.choice(["arrays", "reply"])] = rng.choice(kinds)
+                content[rng.choice(["arrays", "reply", "layout"])] = rng.choice(kinds)
                 break
         return reply
 
