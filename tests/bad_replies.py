@@ -19,6 +19,7 @@ from flwr.app import Array, Context, Error, Message
 
 from fedlora.flower.app import client
 from fedlora.flower.serving import serve
+from fedlora.flower.wire import FORM
 from fedlora.run import execute
 
 NODES: list[dict[str, Any]] = [{"partition-id": number} for number in range(3)]
@@ -65,12 +66,31 @@ def of_client(name: str, spoil: Change) -> Change:
     return lambda reply: spoil(reply) if trained_by(reply) == name else reply
 
 
-def with_array(edit: Callable[[np.ndarray], Any], which: str = "lora_B") -> Change:
+def plain(values: np.ndarray) -> Array:
+    return Array(str(values.dtype), values.shape, FORM, values.tobytes())
+
+
+def with_array(edit: Callable[[np.ndarray], Any]) -> Change:
+    """Another array in place of the one that holds all tensors."""
+
     def spoil(reply: Message) -> Message:
         arrays = reply.content.array_records["arrays"]
-        name = next(name for name in arrays if which in name)
-        made = edit(arrays[name].numpy())
-        arrays[name] = made if isinstance(made, Array) else Array(made)
+        made = edit(np.frombuffer(arrays["packed"].data, "<f4"))
+        arrays["packed"] = made if isinstance(made, Array) else plain(made)
+        return reply
+
+    return spoil
+
+
+def with_layout(edit: Callable[[list[int]], Any], which: str = "lora_B") -> Change:
+    """Another shape for one tensor; None takes it out of the layout."""
+
+    def spoil(reply: Message) -> Message:
+        layout = reply.content.config_records["layout"]
+        name = next(name for name in layout if which in name)
+        made = edit(layout.pop(name))
+        if made is not None:
+            layout[name] = made
         return reply
 
     return spoil
@@ -92,24 +112,23 @@ def with_figure(name: str, value: Any) -> Change:
     return spoil
 
 
-def without_figures(reply: Message) -> Message:
-    del reply.content["metrics"]
-    return reply
+def without(record: str) -> Change:
+    def spoil(reply: Message) -> Message:
+        del reply.content[record]
+        return reply
 
-
-def without_arrays(reply: Message) -> Message:
-    del reply.content["arrays"]
-    return reply
-
-
-def without_one(reply: Message) -> Message:
-    arrays = reply.content.array_records["arrays"]
-    del arrays[next(iter(arrays))]
-    return reply
+    return spoil
 
 
 def with_one_more(reply: Message) -> Message:
-    reply.content.array_records["arrays"]["bert.pooler"] = Array(np.zeros((2, 2), np.float32))
+    reply.content.config_records["layout"]["bert.pooler"] = [2, 2]
+    packed = reply.content.array_records["arrays"]["packed"]
+    packed.data, packed.shape = packed.data + bytes(16), (packed.shape[0] + 4,)
+    return reply
+
+
+def with_a_stowaway(reply: Message) -> Message:
+    reply.content.array_records["arrays"]["bert.pooler"] = plain(np.zeros((2, 2), np.float32))
     return reply
 
 
@@ -117,9 +136,12 @@ def an_error(reply: Message) -> Message:
     return Message(error=Error(2, "the process died"), metadata=reply.metadata)
 
 
-def lying(array: np.ndarray) -> Array:
-    honest = Array(array)
-    return Array("float32", honest.shape, "numpy.ndarray", Array(np.zeros((1, 1))).data)
+def with_header(shape: str) -> Change:
+    """An array in NumPy's own format whose header says what its sender likes."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}"
+    header = text.encode().ljust(117) + b"\n"
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    return with_array(lambda a: Array("float32", a.shape, "numpy.ndarray", data))
 
 
 def a_round_late() -> Options:
@@ -166,9 +188,7 @@ def _sent_by(node: int, reply: Message) -> Message:
 def diverging(message: Message, context: Context) -> Message:
     """The client's training, from arrays so large that it really diverges."""
     if _order_for(message) == FAULTY:
-        arrays = message.content.array_records["arrays"]
-        for name in arrays:
-            arrays[name] = Array(np.full_like(arrays[name].numpy(), 3e38))
+        message = with_array(lambda a: np.full_like(a, 3e38))(message) or message
     return client(message, context)
 
 
@@ -216,22 +236,28 @@ FAULTS = [
     fault("an answer to another run", "stale", with_value("run", "other/0")),
     fault("NaN in an array", "tensors", with_array(lambda a: a * np.float32(np.nan))),
     fault("Inf in an array", "tensors", with_array(lambda a: a + np.float32(np.inf))),
-    fault("an array of a shape that would broadcast", "shapes", with_array(lambda a: a[:1])),
-    fault("an array transposed", "shapes", with_array(lambda a: a.T)),
+    fault("a tensor of a shape that would broadcast", "shapes", with_layout(lambda s: [1, s[1]])),
+    fault("a tensor transposed", "shapes", with_layout(lambda s: s[::-1])),
+    fault("a tensor of negative size", "shapes", with_layout(lambda s: [-s[0], -s[1]])),
+    fault("a text as a tensor's shape", "shapes", with_layout(str)),
     fault("an array in float64", "dtypes", with_array(lambda a: a.astype(np.float64))),
     fault("an array pickled", "dtypes",
           with_array(lambda a: Array("float32", a.shape, "pickle", b"cos\nsystem\n"))),
-    fault("an array missing", "names", without_one),
-    fault("an array too many", "names", with_one_more),
+    fault("an array with a header of a petabyte", "dtypes", with_header(f"({10**15},)")),
+    fault("an array with half a header", "dtypes", with_header("(")),
+    fault("a tensor missing", "names", with_layout(lambda shape: None)),
+    fault("a tensor too many", "names", with_one_more),
+    fault("an array beside the one asked for", "names", with_a_stowaway),
     fault("1 MB in a small array", "size",
-          with_array(lambda a: Array("float32", a.shape, "numpy.ndarray", b"0" * 10**6))),
-    fault("bytes that are no array", "bytes",
-          with_array(lambda a: Array("float32", a.shape, "numpy.ndarray", b"rubbish"))),
-    fault("bytes of another array than announced", "bytes", with_array(lying)),
+          with_array(lambda a: Array("float32", a.shape, FORM, b"0" * 10**6))),
+    fault("an array cut short", "size", with_array(lambda a: a[:-1])),
+    fault("bytes that are no numbers", "size",
+          with_array(lambda a: Array("float32", a.shape, FORM, b"rubbish"))),
     Fault("two answers, the good one first", twice(list), ("twice", "twice")),
     Fault("two answers, the good one last", twice(lambda p: [*reversed(p)]),
           ("twice", "twice")),
-    fault("no arrays at all", "message", without_arrays),
+    fault("no arrays at all", "message", without("arrays")),
+    fault("no word of the arrays' shapes", "message", without("layout")),
     fault("0 examples", "examples", with_value("examples", 0)),
     fault("-5 examples", "values", with_value("examples", -5)),
     fault("1.5 examples", "values", with_value("examples", 1.5)),
@@ -240,7 +266,7 @@ FAULTS = [
     fault("2^62 examples", "examples", with_value("examples", 2**62)),
     fault("NaN as its training loss", "metrics", with_figure("train_loss", math.nan)),
     fault("10^308 seconds of training", "metrics", with_figure("seconds_compute", 1e308)),
-    fault("no figures of its training", "metrics", without_figures),
+    fault("no figures of its training", "metrics", without("metrics")),
     fault("a list among its scores", "metrics", with_figure("evaluation.accuracy", [0.5])),
     Fault("its node does not allow the rule", limited(rules="ffa"), ("rule", "rule")),
     Fault("its node allows no rounds", limited(max_rounds=0), ("rounds", "rounds")),

@@ -103,6 +103,8 @@ def test_a_nodes_own_file_is_never_named_to_the_server(place: Place) -> None:
     assert set(hello.config_records["reply"]) == {"client", "examples", "base"}
     assert set(trained.config_records["reply"]) == {"run", "round", "client", "examples"}
     assert set(trained.array_records) == {"arrays"}
+    assert all("lora_" in name or "classifier" in name for name in trained.config_records["layout"])
+    assert set(trained.config_records) == {"reply", "layout"}
     text = f"{hello}{trained.config_records}{trained.metric_records}"
     assert str(place.train) not in text
     assert not any(word in text for word in ("good", "awful", "food"))

@@ -21,7 +21,7 @@ from fedlora.adapter import WHOLE, flatten, overlay
 from fedlora.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from fedlora.config import make_config
 from fedlora.flower.strategy import FedloraStrategy
-from fedlora.flower.wire import arrays_of, read_order, refusal_content, reply_content, tensors_of
+from fedlora.flower.wire import read_order, refusal_content, reply_content, tensors_of
 from fedlora.modes import Step
 from fedlora.records import FIGURES
 
@@ -43,7 +43,7 @@ def train(message: Message, context: Context) -> Message:
     """A small seeded step; one answer in ten fails, is late, or is rubbish."""
     order = read_order(message.content)
     shapes = {name: tuple(t.shape) for name, t in flatten(START, order.plan.receives).items()}
-    sent = tensors_of(message.content.array_records["arrays"], shapes, free=".frozen_")
+    sent = tensors_of(message.content, shapes, free=".frozen_")
     rng = random.Random(f"{order.client} {order.round}")
     turn = rng.random()
     if turn < 0.03:
@@ -97,7 +97,7 @@ def test_five_hundred_rounds_leave_memory_flat_and_give_the_same_bytes_after_a_s
             config, START, CLIENTS, base="b", progress=progress, note=note
         )  # fmt: skip
         grid = LocalGrid(app, {}, [{"name": name} for name in CLIENTS])
-        arrays = arrays_of(flatten(START, WHOLE))
+        arrays = ArrayRecord(flatten(START, WHOLE))
         strategy.start(grid, arrays, num_rounds=rounds - strategy.done_before, timeout=10)
         return strategy
 

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora.flower.node import load_node, refusal, train
 from fedlora.flower.serving import serve
-from fedlora.flower.wire import ARRAYS, REPLY, read_order, refusal_content, reply_content
+from fedlora.flower.wire import REPLY, read_order, refusal_content, reply_content
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def train_round(message: Message, context: Context) -> Message:
         if refused := refusal(node, order):
             log.warning("refused: %s: %s", *refused)
             return Message(refusal_content(node.client, *refused), reply_to=message)
-        result, shared = train(node, order, message.content.array_records[ARRAYS])
+        result, shared = train(node, order, message.content)
     except ValueError as error:
         code = getattr(error, "code", "raised")
         return Message(refusal_content(node.client, code, str(error)), reply_to=message)

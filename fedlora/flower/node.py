@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import RecordDict
 from torch import Tensor
 
 from fedlora.adapter import Adapter, ClientResult, ClientState, flatten, overlay
@@ -108,13 +108,13 @@ def refusal(node: Node, order: Order) -> tuple[str, str] | None:
     return None
 
 
-def train(node: Node, order: Order, record: ArrayRecord) -> tuple[ClientResult, dict[str, Tensor]]:
+def train(node: Node, order: Order, content: RecordDict) -> tuple[ClientResult, dict[str, Tensor]]:
     """One round: what came in is checked, trained, kept where it is the client's own, and the
     tensors to share are returned. WireError, ValueError (diverged) leave the disk as it was.
     """
     plan = order.plan
     want = shapes_of(node.start, plan.receives)
-    tensors = tensors_of(record, want, free=".frozen_")
+    tensors = tensors_of(content, want, free=".frozen_")
     _check_frozen(node.start, tensors)
     held = overlay(tensors, node.start)
     fit = make_fit(node.loaded.model, node.loaded.data, node.loaded.config)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
 from fedlora.adapter import WHOLE, flatten
@@ -16,7 +17,6 @@ from fedlora.config import Config, make_config
 from fedlora.data import Data, Examples, encode, read_silos, tokenised
 from fedlora.flower.node import load_shared
 from fedlora.flower.strategy import FedloraStrategy
-from fedlora.flower.wire import arrays_of
 from fedlora.modes import GLOBAL
 from fedlora.recording import Job, recording, run_folder
 from fedlora.resume import Resumed, find
@@ -62,7 +62,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> Path:
             note(None)
         strategy.note = note
         left = job.config.run.rounds - strategy.done_before
-        arrays = arrays_of(flatten(strategy.progress.state.adapter, WHOLE))
+        arrays = ArrayRecord(flatten(strategy.progress.state.adapter, WHOLE))
         strategy.start(grid, arrays, num_rounds=left, timeout=config.flower.deadline)
     return folder
 

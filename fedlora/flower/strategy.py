@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedlora.adapter import WHOLE, Adapter, byte_count, flatten
 from fedlora.config import Config
-from fedlora.flower.wire import ORDER, REPLY, Order, arrays_of, order_content, read_reply
+from fedlora.flower.wire import ORDER, REPLY, Order, order_content, read_reply
 from fedlora.modes import GLOBAL, Step, merge_policy
 from fedlora.rounds import MOST, Failure, Opened, Reply, close_round, open_round
 from fedlora.rules import get_rule
@@ -133,7 +133,7 @@ class FedloraStrategy(Strategy):
         )
         error = closed.state.memory.get("merge_error", 0.0)
         return (
-            arrays_of(flatten(closed.state.adapter, WHOLE)),
+            ArrayRecord(flatten(closed.state.adapter, WHOLE)),
             MetricRecord({"clients": len(closed.results), "merge_error": error}),
         )
 

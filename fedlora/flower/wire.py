@@ -1,17 +1,22 @@
 """Messages as Flower carries them: arrays and plain values, checked before anybody looks at them.
 
-No pickle: float32 arrays in NumPy's own format, and texts and numbers.
+No pickle and no format to parse: the bytes of float32 numbers, beside texts and numbers. All
+tensors are one array, since Flower sends an array as three objects and each object in a request of
+its own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.adapter import Adapter, Part, flatten
@@ -19,8 +24,9 @@ from fedlora.records import FIGURES, KINDS, SCORES
 from fedlora.rounds import Failure, Opened, Reply
 from fedlora.rules import Plan
 
-ARRAYS, ORDER, REPLY, METRICS = "arrays", "order", "reply", "metrics"
-HEADER = 1024  # bytes that an array may take beyond its numbers
+ARRAYS, LAYOUT, ORDER, REPLY, METRICS = "arrays", "layout", "order", "reply", "metrics"
+PACKED = "packed"  # the one array: the tensors of the layout one after another, by sorted name
+FORM = "float32-le"  # an array's bytes: its numbers in C order, little-endian, and nothing else
 REASON = 400  # characters of a reason that are kept
 LARGEST = 1e30  # of a client's figures: sums over clients and rounds stay finite
 
@@ -44,42 +50,67 @@ class WireError(ValueError):
         self.code = code
 
 
-def arrays_of(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Named float32 tensors as Flower's arrays."""
-    return ArrayRecord(
-        {name: Array(np.ascontiguousarray(t.detach().numpy())) for name, t in tensors.items()}
-    )
+def packed(tensors: Mapping[str, Tensor]) -> dict[str, ArrayRecord | ConfigRecord]:
+    """The records of named float32 tensors: their shapes, and their numbers in one array."""
+    layout: dict[str, Any] = {name: list(tensors[name].shape) for name in sorted(tensors)}
+    data = b"".join(_bytes(tensors[name]) for name in layout)
+    array = Array("float32", (len(data) // 4,), FORM, data)
+    return {ARRAYS: ArrayRecord({PACKED: array}), LAYOUT: ConfigRecord(layout)}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    values = tensor.detach().numpy().astype("<f4", casting="equiv")  # TypeError unless float32
+    return bytes(values.tobytes())
 
 
 def tensors_of(
-    record: ArrayRecord, want: Mapping[str, tuple[int, ...]], *, free: str = ""
+    content: RecordDict, want: Mapping[str, tuple[int, ...]], *, free: str = ""
 ) -> dict[str, Tensor]:
-    """The tensors of a record, each of the shape it should have; WireError for anything else.
+    """The tensors of a message, each of the shape it should have; WireError for anything else.
 
     Sizes are looked at before bytes are. With `free`, names that end in it or in its pair
     (`frozen_A`, `frozen_B`) may be there as well, of any rank that their layer can have.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, array in record.items():
-        shape = tuple(array.shape)
+    layout, record = content.config_records.get(LAYOUT), content.array_records.get(ARRAYS)
+    if layout is None or record is None:
+        raise WireError("message", "the message holds no arrays, or not their layout")
+    if odd := sorted(record.keys() - {PACKED}):
+        raise WireError("names", f"array {odd[0]!r} is not the packed one")
+    shapes = {name: _shape(layout, name) for name in sorted(layout)}
+    for name, shape in shapes.items():
         if name not in want and not (free and free in name):
             raise WireError("names", f"array {name!r} was not asked for")
         if name in want and shape != want[name]:
             raise WireError("shapes", f"array {name!r} has shape {shape}, expected {want[name]}")
-        if array.dtype != "float32" or array.stype != "numpy.ndarray":
-            raise WireError("dtypes", f"array {name!r} is {array.stype} of {array.dtype}")
-        if len(array.data) > 4 * int(np.prod(shape, dtype=np.int64)) + HEADER:
-            raise WireError("size", f"array {name!r} brings {len(array.data)} bytes for {shape}")
-        try:
-            values = array.numpy()
-        except (ValueError, TypeError, EOFError, OSError, SyntaxError) as error:
-            raise WireError("bytes", f"array {name!r} cannot be read: {error}") from error
-        if values.shape != shape or values.dtype != np.float32:
-            raise WireError("bytes", f"array {name!r} holds {values.dtype} of {values.shape}")
-        tensors[name] = torch.from_numpy(np.array(values, order="C"))
-    if missing := sorted(want.keys() - tensors.keys()):
+    if missing := sorted(want.keys() - shapes.keys()):
         raise WireError("names", f"array {missing[0]!r} is missing ({len(missing)} in all)")
-    return tensors
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    values, ends = _numbers(record, sum(sizes)), accumulate(sizes)
+    return {
+        name: torch.from_numpy(values[end - size : end].reshape(shape).astype(np.float32))
+        for (name, shape), size, end in zip(shapes.items(), sizes, ends, strict=True)
+    }
+
+
+def _shape(layout: ConfigRecord, name: str) -> tuple[int, ...]:
+    sizes = layout[name]
+    if not isinstance(sizes, list):
+        raise WireError("shapes", f"array {name!r} has shape {sizes!r}")
+    whole = [size for size in sizes if isinstance(size, int) and size >= 0]
+    if len(whole) < len(sizes):
+        raise WireError("shapes", f"array {name!r} has shape {sizes!r}")
+    return tuple(whole)
+
+
+def _numbers(record: ArrayRecord, count: int) -> NDArray[np.float32]:
+    array = record.get(PACKED)
+    if array is None:
+        raise WireError("message", "the message holds no array")
+    if array.dtype != "float32" or array.stype != FORM:
+        raise WireError("dtypes", f"the arrays are {array.stype} of {array.dtype}")
+    if len(array.data) != 4 * count:
+        raise WireError("size", f"the arrays bring {len(array.data)} bytes for {count} numbers")
+    return np.frombuffer(array.data, "<f4")
 
 
 def order_content(order: Order, tensors: Mapping[str, Tensor]) -> RecordDict:
@@ -93,14 +124,14 @@ def order_content(order: Order, tensors: Mapping[str, Tensor]) -> RecordDict:
         "receives": ",".join(sorted(order.plan.receives)),
         "base": order.base,
     }
-    return RecordDict({ARRAYS: arrays_of(tensors), ORDER: ConfigRecord(values)})
+    return RecordDict({**packed(tensors), ORDER: ConfigRecord(values)})
 
 
 def read_order(content: RecordDict) -> Order:
     """The order of a training message; WireError where it is none."""
     values = content.config_records.get(ORDER)
-    if values is None or ARRAYS not in content.array_records:
-        raise WireError("message", "the message holds no order with arrays")
+    if values is None:
+        raise WireError("message", "the message holds no order")
     texts = {key: _text(values, key) for key in ("run", "client", "base")}
     plan = Plan(*(_parts(_text(values, key)) for key in ("trains", "shares", "receives")))
     return Order(texts["run"], _count(values, "round"), texts["client"], plan, texts["base"])
@@ -118,7 +149,7 @@ def reply_content(
     }
     return RecordDict(
         {
-            ARRAYS: arrays_of(tensors),
+            **packed(tensors),
             REPLY: ConfigRecord(values),
             METRICS: MetricRecord({name: float(value) for name, value in metrics.items()}),
         }
@@ -154,11 +185,7 @@ def _answer(content: RecordDict, client: str, run: str, opened: Opened) -> Reply
     said = (_text(values, "run"), _count(values, "round"), _text(values, "client"))
     if said != (run, opened.round, client):
         raise WireError("stale", f"it answers {said}, asked was {(run, opened.round, client)}")
-    record = content.array_records.get(ARRAYS)
-    if record is None:
-        raise WireError("message", "the reply holds no arrays")
-    shapes = shapes_of(opened.held[client], opened.plan.shares)
-    tensors = tensors_of(record, shapes)
+    tensors = tensors_of(content, shapes_of(opened.held[client], opened.plan.shares))
     metrics = content.metric_records.get(METRICS) or MetricRecord()
     return Reply(client, tensors, _count(values, "examples"), _figures(metrics))
 
