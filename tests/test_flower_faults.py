@@ -12,7 +12,16 @@ import pytest
 from bench import Place, adapter_bytes, records
 from conftest import random_adapter, same_adapters
 from flower_grid import LocalGrid
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    Metadata,
+    MetricRecord,
+    RecordDict,
+)
 
 from fedlora.flower.app import client
 from fedlora.flower.serving import serve
@@ -90,6 +99,24 @@ def an_error(reply: Message) -> Message:
     return Message(error=Error(2, "the process died"), metadata=reply.metadata)
 
 
+def of_superlink(code: int) -> Any:
+    """What Flower itself answers in place of a node, from no node's address."""
+
+    def spoil(reply: Message) -> Message:
+        said = reply.metadata
+        error = Error(code, "Flower says why")
+        return Message(
+            error=error,
+            metadata=Metadata(
+                run_id=1, message_id="", src_node_id=1, dst_node_id=1, group_id="", ttl=0.0,
+                reply_to_message_id=said.reply_to_message_id, created_at=said.created_at,
+                message_type="system",
+            ),
+        )  # fmt: skip
+
+    return spoil
+
+
 def lying(array: np.ndarray) -> Array:
     honest = Array(array)
     return Array("float32", honest.shape, "numpy.ndarray", Array(np.zeros((1, 1))).data)
@@ -118,6 +145,8 @@ BAD = [
     ("another run", with_value("run", "other/0"), "stale"),
     ("error", an_error, "error"),
     ("silent", lambda reply: None, "missing"),
+    ("its node is gone", of_superlink(5), "error"),
+    ("beyond its time to live", of_superlink(3), "missing"),
 ]  # fmt: skip
 
 
@@ -152,9 +181,34 @@ def test_too_few_replies_keep_the_adapter_and_then_end_the_run_resumable(place: 
     assert [record["round"] for record in records(resumed)] == [0, 1, 2, 3, 4]
 
 
-def test_a_stopped_server_goes_on_to_the_same_bytes(place: Place) -> None:
+def test_a_node_that_says_late_who_it_is_is_asked_once_and_takes_part_from_then_on(
+    place: Place,
+) -> None:
+    """A node that hangs does not hold up the others, and its answer is not lost."""
+    config = place.config("late", flower__wait=0.5, **LENIENT | {"run__rounds": 3})
+    seen: list[Any] = []
+
+    def change(reply: Message) -> Message:
+        values = reply.content.config_records["reply"]
+        seen.append((values["client"], values.get("round")))
+        return reply
+
+    def held(reply: Message) -> bool:
+        says = reply.content.config_records["reply"]
+        return says["client"] == "2" and "round" not in says and ("1", 1) not in seen
+
+    folder = serve(LocalGrid(client, config.flat(), NODES, change=change, held=held), config.flat())
+    failures = [record["failures"] for record in records(folder)]
+    assert [[(f["client"], f["code"]) for f in found] for found in failures] == [
+        [], [("2", "missing")], [], []
+    ]  # fmt: skip
+    assert seen.count(("2", None)) == 1
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_stopped_server_goes_on_to_the_same_bytes(place: Place, damaged: bool) -> None:
     """Nodes keep their moments on their own disk and start the repeated round from where it
-    began.
+    began; also where the newest checkpoint is damaged and one round more is repeated.
     """
     changes = {"client__optimiser": "keep", "run__rounds": 4}
     whole = run(place, "whole", **changes)
@@ -162,12 +216,15 @@ def test_a_stopped_server_goes_on_to_the_same_bytes(place: Place) -> None:
 
     def dies(reply: Message) -> Message | None:
         seen.append(reply.content.config_records["reply"].get("round") or 0)
-        if seen.count(3) == 2:
+        if seen.count(4) == 2:
             raise KeyboardInterrupt
         return reply
 
     with pytest.raises(KeyboardInterrupt):
         run(place, "stopped", dies, **changes)
+    if damaged:
+        newest = max((place.folder / "stopped" / "checkpoints").iterdir())
+        newest.write_bytes(newest.read_bytes()[:-3])
     assert adapter_bytes(run(place, "stopped", **changes)) == adapter_bytes(whole)
 
 
