@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from bench import Place
 from flower_grid import App, Change, LocalGrid
-from flwr.app import Array, Context, Error, Message
+from flwr.app import Array, Context, Error, Message, Metadata
 
 from fedlora.flower.app import client
 from fedlora.flower.serving import serve
@@ -136,6 +136,21 @@ def an_error(reply: Message) -> Message:
     return Message(error=Error(2, "the process died"), metadata=reply.metadata)
 
 
+def of_superlink(code: int) -> Change:
+    """What Flower itself answers in place of a node, from no node's address."""
+
+    def spoil(reply: Message) -> Message:
+        said = reply.metadata
+        metadata = Metadata(
+            run_id=1, message_id="", src_node_id=1, dst_node_id=1, group_id="", ttl=0.0,
+            reply_to_message_id=said.reply_to_message_id, created_at=said.created_at,
+            message_type="system",
+        )  # fmt: skip
+        return Message(error=Error(code, "Flower says why"), metadata=metadata)
+
+    return spoil
+
+
 def with_header(shape: str) -> Change:
     """An array in NumPy's own format whose header says what its sender likes."""
     text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}"
@@ -231,7 +246,9 @@ FAULTS = [
     Fault("its training diverges", running(diverging), ("raised", "raised")),
     Fault("its training raises an exception", running(raising), ("error", "error")),
     fault("its process exits, Flower says so", "error", an_error),
+    fault("its node is gone, Flower says so", "error", of_superlink(5)),
     fault("no answer before the deadline", "missing", lambda reply: None),
+    fault("no answer in its time, Flower says so", "missing", of_superlink(3)),
     Fault("every answer a round late", a_round_late, ("missing", "stale")),
     fault("an answer to another run", "stale", with_value("run", "other/0")),
     fault("NaN in an array", "tensors", with_array(lambda a: a * np.float32(np.nan))),

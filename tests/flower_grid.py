@@ -18,7 +18,10 @@ Shuffle = Callable[[list[Message]], list[Message]]
 
 
 class LocalGrid(Grid):
-    """Nodes with random-looking ids, each with its node config; replies in a shuffled order."""
+    """Nodes with random-looking ids, each with its node config; replies in a shuffled order.
+
+    `change` is what the way does to a reply (None: it is lost), `held` says which is late.
+    """
 
     def __init__(
         self,
@@ -28,8 +31,10 @@ class LocalGrid(Grid):
         *,
         shuffle: Shuffle = lambda messages: messages[::-1],
         change: Change = lambda reply: reply,
+        held: Callable[[Message], bool] = lambda reply: False,
     ) -> None:
-        self.app, self.shuffle, self.change = app, shuffle, change
+        self.app, self.shuffle, self.change, self.held = app, shuffle, change, held
+        self.replies: dict[str, Message] = {}
         ids = [7_919 * (number + 3) % 104_729 for number in range(len(nodes))]
         self.contexts = {
             node_id: Context(1, node_id, dict(config), RecordDict(), dict(run_config))
@@ -60,15 +65,7 @@ class LocalGrid(Grid):
         return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise NotImplementedError
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise NotImplementedError
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        replies: list[Message] = []
+        ids: list[str] = []
         for message in messages:
             context = self.contexts[message.metadata.dst_node_id]
             message.metadata.created_at = 2e9  # replies limit their time to live by it
@@ -77,6 +74,18 @@ class LocalGrid(Grid):
             except Exception as error:
                 reply = Message(Error(2, str(error)), reply_to=message)
             changed = self.change(copy.deepcopy(reply))
+            ids.append(message.metadata.message_id)
             if changed is not None:
-                replies.append(changed)
-        return self.shuffle(replies)
+                self.replies[ids[-1]] = changed
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """What has arrived by now; replies that are `held` are under way."""
+        here = [name for name in message_ids if name in self.replies]
+        arrived = [name for name in here if not self.held(self.replies[name])]
+        return self.shuffle([self.replies.pop(name) for name in arrived])
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        return self.pull_messages(self.push_messages(messages))

@@ -87,9 +87,34 @@ def test_too_few_replies_keep_the_adapter_and_then_end_the_run_resumable(place: 
     assert [record["round"] for record in records(resumed)] == [0, 1, 2, 3, 4]
 
 
-def test_a_stopped_server_goes_on_to_the_same_bytes(place: Place) -> None:
+def test_a_node_that_says_late_who_it_is_is_asked_once_and_takes_part_from_then_on(
+    place: Place,
+) -> None:
+    """A node that hangs does not hold up the others, and its answer is not lost."""
+    changes = {"flower__wait": 0.5, **LENIENT, "run__rounds": 3}
+    seen: list[Any] = []
+
+    def change(reply: Message) -> Message:
+        values = reply.content.config_records["reply"]
+        seen.append((values["client"], values.get("round")))
+        return reply
+
+    def held(reply: Message) -> bool:
+        says = reply.content.config_records["reply"]
+        return says["client"] == "2" and "round" not in says and ("1", 1) not in seen
+
+    folder = on_flower(place, "late", {"change": change, "held": held}, **changes)
+    failures = [record["failures"] for record in records(folder)]
+    assert [[(f["client"], f["code"]) for f in found] for found in failures] == [
+        [], [("2", "missing")], [], []
+    ]  # fmt: skip
+    assert seen.count(("2", None)) == 1
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_stopped_server_goes_on_to_the_same_bytes(place: Place, damaged: bool) -> None:
     """Nodes keep their moments on their own disk and start the repeated round from where it
-    began.
+    began; also where the newest checkpoint is damaged and one round more is repeated.
     """
     changes = {"client__optimiser": "keep", "run__rounds": 4}
     whole = on_flower(place, "whole", **changes)
@@ -97,12 +122,15 @@ def test_a_stopped_server_goes_on_to_the_same_bytes(place: Place) -> None:
 
     def dies(reply: Message) -> Message | None:
         seen.append(reply.content.config_records["reply"].get("round") or 0)
-        if seen.count(3) == 2:
+        if seen.count(4) == 2:
             raise KeyboardInterrupt
         return reply
 
     with pytest.raises(KeyboardInterrupt):
         on_flower(place, "stopped", {"change": dies}, **changes)
+    if damaged:
+        newest = max((place.folder / "stopped" / "checkpoints").iterdir())
+        newest.write_bytes(newest.read_bytes()[:-3])
     assert adapter_bytes(on_flower(place, "stopped", **changes)) == adapter_bytes(whole)
 
 

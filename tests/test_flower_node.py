@@ -139,20 +139,39 @@ def test_a_server_without_data_of_its_own_runs_all_the_same(place: Place) -> Non
 
 
 def test_what_a_client_keeps_is_that_of_the_round_before_and_of_this_run(tmp_path: Path) -> None:
-    states = {n: ClientState(random_adapter(n), random_adapter(n + 9).dense) for n in (1, 2, 3)}
-    for number, state in states.items():
-        keep_state(tmp_path, "run/0", number, state)
+    for number in (1, 2, 3, 4):
+        keep_state(tmp_path, "run/0", number, kept(number))
     assert len(list(tmp_path.iterdir())) == KEPT
-    for number, want in ((4, 3), (3, 2)):
-        got = read_state(tmp_path, "run/0", number).adapter
-        assert got is not None
-        assert same_adapters(got, random_adapter(want))
-    assert read_state(tmp_path, "other/1", 4).adapter is None
+    for number, want in ((5, 4), (4, 3), (3, 2)):
+        assert is_kept(read_state(tmp_path, "run/0", number), want)
+    assert read_state(tmp_path, "other/1", 5).adapter is None
     assert read_state(tmp_path, "run/0", 1).adapter is None
     newest = max(tmp_path.iterdir())
     newest.write_bytes(newest.read_bytes()[:-3])
     with pytest.raises(ValueError, match="its head speaks of"):
-        read_state(tmp_path, "run/0", 4)
+        read_state(tmp_path, "run/0", 5)
+
+
+def test_what_an_older_run_left_neither_hides_nor_removes_what_a_new_one_keeps(
+    tmp_path: Path,
+) -> None:
+    for number in (3, 4, 5):
+        keep_state(tmp_path, "old/0", number, kept(number))
+    keep_state(tmp_path, "new/0", 1, kept(11))
+    assert is_kept(read_state(tmp_path, "new/0", 2), 11)
+    assert is_kept(read_state(tmp_path, "new/0", 6), 11)  # it was not drawn for a while
+    for number in range(2, 9):
+        keep_state(tmp_path, "new/0", number, kept(number + 10))
+        assert is_kept(read_state(tmp_path, "new/0", number + 1), number + 10)
+    assert len(list(tmp_path.iterdir())) == KEPT
+
+
+def kept(number: int) -> ClientState:
+    return ClientState(random_adapter(number), random_adapter(number + 9).dense)
+
+
+def is_kept(state: ClientState, number: int) -> bool:
+    return state.adapter is not None and same_adapters(state.adapter, random_adapter(number))
 
 
 def test_an_order_that_is_none_is_answered_with_its_code_and_trains_nothing(place: Place) -> None:

@@ -30,7 +30,7 @@ from fedlora.policy import cut_for
 
 LIMITS = ("max-rounds", "min-examples", "rules", "base")
 KEYS = ("name", "partition-id", "num-partitions", "data", "evaluate", "state", *LIMITS)
-KEPT = 2  # states of a client on its disk: the last, and the one that a repeated round starts from
+KEPT = 3  # states of a client on its disk: after a damaged checkpoint two rounds are repeated
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,17 +132,22 @@ def read_state(folder: Path, run: str, round: int) -> ClientState:
     for path in sorted(folder.glob("round-*.state"), reverse=True):
         if int(path.stem.removeprefix("round-")) < round:
             owner, state = decode_state(path.read_bytes())
-            return state if owner == run else ClientState()
+            if owner == run:
+                return state
     return ClientState()
 
 
 def keep_state(folder: Path, run: str, round: int, state: ClientState) -> None:
-    """Writes what the client keeps after a round, in one step; the one before stays as well."""
+    """Writes what the client keeps after a round, in one step; those just before stay as well.
+
+    Files of later rounds are an older run's, or of rounds that are made again: left to be replaced.
+    """
     if state.adapter is None and not state.optimiser:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / f"round-{round:06d}.state", encode_state(run, state))
-    for old in sorted(folder.glob("round-*.state"))[:-KEPT]:
+    own = folder / f"round-{round:06d}.state"
+    write_bytes(own, encode_state(run, state))
+    for old in sorted(path for path in folder.glob("round-*.state") if path <= own)[:-KEPT]:
         old.unlink()
 
 

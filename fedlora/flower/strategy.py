@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -28,6 +28,7 @@ from fedlora.simulation import Progress
 
 TRAIN, HELLO = "train", "query.hello"
 PAUSE = 1.0  # seconds between two looks for nodes
+EXPIRED = 3  # Flower's error code for a message whose time to live is over
 log = logging.getLogger(__name__)
 
 
@@ -65,7 +66,8 @@ class FedloraStrategy(Strategy):
         self.done_before = self.progress.round
         self.seen: dict[str, Seen] = {}
         self.opened: Opened | None = None
-        self.asked: dict[int, str] = {}
+        self.asked: list[tuple[Metadata, str]] = []  # Flower gives a message its id as it is sent
+        self.greeted: dict[str, int] = {}
 
     @property
     def run_name(self) -> str:
@@ -85,7 +87,7 @@ class FedloraStrategy(Strategy):
             self.clients, seed=self.config.run.seed,
             participation=self.config.merge.participation, policy=self.policy,
         )  # fmt: skip
-        self.opened, self.asked = opened, {}
+        self.opened, self.asked = opened, []
         self.find_nodes(grid, opened.messages, self.config.flower.wait)
         messages = []
         for client, tensors in opened.messages.items():
@@ -93,13 +95,12 @@ class FedloraStrategy(Strategy):
                 continue  # close_round names it as missing
             node_id = self.seen[client].node_id
             order = Order(self.run_name, opened.round, client, opened.plan, self.base)
-            self.asked[node_id] = client
-            content = order_content(order, tensors)
-            messages.append(
-                grid.create_message(
-                    content, TRAIN, node_id, str(opened.round), self.config.flower.deadline
-                )
-            )
+            message = grid.create_message(
+                order_content(order, tensors), TRAIN, node_id, str(opened.round),
+                self.config.flower.deadline,
+            )  # fmt: skip
+            self.asked.append((message.metadata, client))
+            messages.append(message)
         return messages
 
     def aggregate_train(
@@ -117,7 +118,7 @@ class FedloraStrategy(Strategy):
         for failure in closed.failures:
             log.warning("round %d: %s: %s", opened.round, failure.code, failure.reason)
             self.seen.pop(failure.client, None)  # ask anew who it is before the next round
-        down = sum(byte_count(opened.messages[client]) for client in self.asked.values())
+        down = sum(byte_count(opened.messages[client]) for _, client in self.asked)
         self.note(
             Step(
                 opened.round,
@@ -138,46 +139,67 @@ class FedloraStrategy(Strategy):
         )
 
     def read(self, replies: Iterable[Message], opened: Opened) -> list[Reply | Failure]:
-        """Every reply as what `close_round` takes, by the node it came from."""
+        """Every reply as what `close_round` takes, by the node it came from.
+
+        Where a node is gone Flower answers in its place, from an address of its own, to the
+        message that it had for the node.
+        """
+        nodes = {sent.dst_node_id: client for sent, client in self.asked}
+        sent_to = {sent.message_id: client for sent, client in self.asked}
         known = {seen.node_id: client for client, seen in self.seen.items()}
         found: list[Reply | Failure] = []
         for message in replies:
-            node_id = message.metadata.src_node_id
-            if node_id in self.asked:
-                found.append(read_reply(message, self.asked[node_id], self.run_name, opened))
-                continue
-            name = known.get(node_id, f"of node {node_id}")
-            found.append(Failure(name, "unasked", f"client {name} is not of this round"))
-        return found
+            client = nodes.get(message.metadata.src_node_id)
+            if message.has_error():
+                client = sent_to.get(message.metadata.reply_to_message_id, client)
+            if client is None:
+                name = known.get(message.metadata.src_node_id, "unknown")
+                found.append(Failure(name, "unasked", f"client {name} is not of this round"))
+            elif not (message.has_error() and message.error.code == EXPIRED):
+                found.append(read_reply(message, client, self.run_name, opened))
+        return found  # close_round names the others as missing
 
     def find_nodes(self, grid: Grid, wanted: Iterable[str], seconds: float) -> None:
-        """Asks the connected nodes who they are until all wanted clients are there, or in vain."""
+        """Asks the connected nodes who they are until all wanted clients are there, or in vain.
+
+        A question stays open: a node that answers it late is known from the next round on.
+        """
         until = time.monotonic() + (seconds if not self.seen else min(seconds, 30.0))
         while True:
-            ids = set(grid.get_node_ids())
-            gone = [client for client, seen in self.seen.items() if seen.node_id not in ids]
-            for client in gone:
-                del self.seen[client]
-            known = {seen.node_id for seen in self.seen.values()}
-            self.greet(grid, sorted(ids - known))
+            self.greet(grid, set(grid.get_node_ids()))
             if set(wanted) <= self.seen.keys() or time.monotonic() > until:
                 return
             time.sleep(PAUSE)
 
-    def greet(self, grid: Grid, ids: Sequence[int]) -> None:
-        """Learns name, rows and base model of these nodes."""
+    def greet(self, grid: Grid, ids: Set[int]) -> None:
+        """Asks those of the connected nodes that neither are known nor have been asked, and learns
+        name, rows and base model of those that have answered.
+        """
+        self.seen = {name: seen for name, seen in self.seen.items() if seen.node_id in ids}
+        self.greeted = {key: node_id for key, node_id in self.greeted.items() if node_id in ids}
+        known = {seen.node_id for seen in self.seen.values()}
         content = RecordDict({ORDER: ConfigRecord({"run": self.run_name})})
-        wait = min(self.config.flower.wait, self.config.flower.deadline)
-        messages = [grid.create_message(content, HELLO, node_id, "hello", wait) for node_id in ids]
-        for message in grid.send_and_receive(messages, timeout=wait) if messages else []:
-            if message.has_error():
-                log.warning("a node did not introduce itself: %s", message.error.reason)
-                continue
-            seen = _seen(message.metadata.src_node_id, message.content)
-            if seen.client in self.clients:
-                self.seen[seen.client] = seen
-            else:
-                log.warning("a node calls itself %r, which the run does not know", seen.client)
+        messages = [
+            grid.create_message(content, HELLO, node_id, "hello", self.config.flower.wait)
+            for node_id in sorted(ids - known - set(self.greeted.values()))
+        ]
+        if messages:
+            grid.push_messages(messages)
+        self.greeted |= {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
+        for message in grid.pull_messages(list(self.greeted)) if self.greeted else []:
+            self.hear(message)
+
+    def hear(self, message: Message) -> None:
+        """A node's answer to who it is."""
+        node_id = self.greeted.pop(message.metadata.reply_to_message_id)
+        if message.has_error():
+            log.warning("a node did not introduce itself: %s", message.error.reason)
+            return
+        seen = _seen(node_id, message.content)
+        if seen.client in self.clients:
+            self.seen[seen.client] = seen
+        else:
+            log.warning("a node calls itself %r, which the run does not know", seen.client)
 
     def check_bases(self) -> None:
         """ValueError, naming both, where a node holds another base model than the server."""
