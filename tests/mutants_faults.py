@@ -85,9 +85,7 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
     ("asked-again-and-again", "flower/strategy.py", " - set(self.greeted.values())", "",
      "a node that hangs comes back to a heap of questions", "flower_faults"),
     ("flowers-word-unheard", "flower/strategy.py",
-     "client = asked.get(message.metadata.reply_to_message_id)",
-     "client = asked.get(message.metadata.reply_to_message_id)\n"
-     "            client = client if message.metadata.src_node_id != 1 else None",
+     "client = sent_to.get(message.metadata.reply_to_message_id, client)", "pass",
      "a node that is gone is called late", "flower_faults"),
     ("late-is-lost", "flower/strategy.py", "message.error.code == EXPIRED", "False",
      "the same lateness bears two names", "flower_faults"),
