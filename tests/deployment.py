@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from fedlora.run import execute, prepare
 NODES = ("north", "south", "west")
 GUIDE = (resources.files("fedlora.flower") / "deployment.md").read_text(encoding="utf-8")
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+TICKS = os.sysconf("SC_CLK_TCK")
 MARKS = [
     pytest.mark.slow,
     pytest.mark.skipif(NGINX is None, reason="nginx is not installed: the guide's proxy needs it"),
@@ -55,6 +57,15 @@ def free_ports(count: int) -> list[int]:
     for probe in probes:
         probe.close()
     return ports
+
+
+@dataclass(frozen=True)
+class Process:
+    """What /proc says of a process: its command line, its parent, and when it began."""
+
+    line: str
+    parent: int
+    began: float
 
 
 class Deployment:
@@ -98,28 +109,28 @@ class Deployment:
                 stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
-    def family(self, name: str) -> dict[int, str]:
-        """The command lines of a process started here and of all that it started, by process id."""
-        parents, lines = dict[int, int](), dict[int, str]()
+    def family(self, name: str) -> dict[int, Process]:
+        """A process started here and all that it started, by process id."""
+        running = dict[int, Process]()
         for path in Path("/proc").glob("[0-9]*"):
             try:
-                stat = (path / "stat").read_text()
-                lines[int(path.name)] = (path / "cmdline").read_text(errors="replace")
+                stat = (path / "stat").read_text().rpartition(")")[2].split()
+                line = (path / "cmdline").read_text(errors="replace")
             except (FileNotFoundError, ProcessLookupError):
                 continue  # it has ended meanwhile
-            parents[int(path.name)] = int(stat.rpartition(")")[2].split()[1])
-        process = self.processes[name]
-        found = {process.pid} if process.poll() is None else set()
-        while more := {pid for pid, parent in parents.items() if parent in found} - found:
+            running[int(path.name)] = Process(line, int(stat[1]), int(stat[19]) / TICKS)
+        own = self.processes[name]
+        found = {own.pid} & running.keys() if own.poll() is None else set()
+        while more := {pid for pid, one in running.items() if one.parent in found} - found:
             found |= more
-        return {pid: lines[pid] for pid in found if pid in lines}
+        return {pid: running[pid] for pid in found}
 
-    def child(self, name: str, program: str) -> int | None:
-        """The process id of a program that SuperLink or SuperNode runs now.
-
-        None where it is not.
+    def child(self, name: str, program: str, since: float = 0.0) -> int | None:
+        """The process id of a program that SuperLink or SuperNode started after `since` (seconds
+        since boot) and that still runs.
         """
-        found = [pid for pid, line in self.family(name).items() if program in line]
+        family = self.family(name).items()
+        found = [pid for pid, one in family if program in one.line and one.began >= since]
         return found[0] if found else None
 
     def stop(self, name: str, how: int = signal.SIGTERM) -> None:
@@ -172,14 +183,25 @@ class Deployment:
 
     def in_round(self, name: str, run: str, round: int) -> int:
         """Waits until a node trains this round of this run; the process id of its ClientApp."""
-        log, begun = self.home / f"{name}.log", f"[RUN {run}, ROUND {round}]"
-        self.wait_for(lambda: begun in log.read_text(), 240, 0.1)
-        self.wait_for(lambda: self.child(name, "flwr-clientapp"), pause=0.1)
-        clientapp = self.child(name, "flwr-clientapp")
-        assert clientapp
-        maps = Path(f"/proc/{clientapp}/maps")  # once torch is loaded it has its order
+        log, begun, before = self.home / f"{name}.log", f"[RUN {run}, ROUND {round}]", 0.0
+
+        def received() -> bool:
+            nonlocal before
+            now = time.clock_gettime(time.CLOCK_BOOTTIME)
+            found = begun in log.read_text()
+            before = before if found else now - 1 / TICKS
+            return found
+
+        def clientapp() -> int | None:  # not that of the message before, which may still be ending
+            return self.child(name, "flwr-clientapp", before)
+
+        self.wait_for(received, 240, 0.1)
+        self.wait_for(clientapp, pause=0.1)
+        pid = clientapp()
+        assert pid
+        maps = Path(f"/proc/{pid}/maps")  # once torch is loaded it has its order
         self.wait_for(lambda: "libtorch" in maps.read_text(), pause=0.1)
-        return clientapp
+        return pid
 
     def wait_for_run(self, run: str, seconds: float = 240) -> str:
         """How the run ended, such as `finished:completed`."""
