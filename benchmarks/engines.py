@@ -1,11 +1,12 @@
-"""The same tiny federation in one process and on Flower: rounds a second, memory, bytes on the
-wire.
+"""The same tiny federation on four engines: rounds a second, memory, bytes on the wire.
 
-    python benchmarks/engines.py [--rounds 20]
+    python benchmarks/engines.py [--rounds 20] [--deployed 4]
 
-"strategy" is Flower's own strategy loop with its messages handed over in one process, "simulation"
-its own simulation with all its processes (start-up included and given apart). Bytes are those of
-encoded messages, beside the arrays' own.
+Three clients, the demo's MiniLM and adapter, one step of four rows a client and round. "plain" is
+fedlora's own loop; "strategy" Flower's strategy loop with its messages handed over in one process;
+"simulation" Flower's own; "deployment" a SuperLink and three SuperNodes as processes on 127.0.0.1,
+without TLS (fewer rounds: each message there starts a process). Rounds a second are those of the
+median round. Linux only.
 """
 
 from __future__ import annotations
@@ -17,9 +18,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
+from typing import Any
+
+from processes import Memory, ended_with_this, spent_below
 
 ROOT = Path(__file__).resolve().parents[1]
+ENGINES = ("plain", "strategy", "simulation", "deployment")
+CLIENTS = 3
 
 
 def config(folder: Path, rounds: int):
@@ -34,54 +42,87 @@ def config(folder: Path, rounds: int):
     return load_config(ROOT / "fedlora" / "demo.toml", words)
 
 
-def measured(engine: str, rounds: int) -> dict[str, float]:
-    """One engine in this process; what it says of itself."""
-    sys.path.insert(0, str(ROOT / "tests"))
+def measured(engine: str, rounds: int) -> dict[str, Any]:
+    """One engine, started by this process; what it says of itself, and the bytes where counted."""
     with tempfile.TemporaryDirectory() as name:
-        settings = config(Path(name), rounds)
-        began, wire, arrays = time.perf_counter(), 0, 1
+        settings, wire = config(Path(name), rounds), {}
+        began = time.perf_counter()
         if engine == "plain":
             from fedlora.run import execute, prepare
 
             execute(prepare(settings))
         elif engine == "strategy":
-            from flower_grid import LocalGrid
-
-            from fedlora.flower.app import client
-            from fedlora.flower.serving import serve
-
-            class Counting(LocalGrid):
-                def send_and_receive(self, messages, *, timeout=None):
-                    messages = list(messages)
-                    replies = list(super().send_and_receive(messages, timeout=timeout))
-                    nonlocal wire, arrays
-                    for message in [*messages, *replies]:
-                        record = message.content.array_records.get("arrays")
-                        if record is not None and message.metadata.message_type == "train":
-                            wire += size(message.content)
-                            arrays += sum(a.numpy().nbytes for a in record.values())
-                    return replies
-
-            nodes = [{"partition-id": number} for number in range(3)]
-            serve(Counting(client, settings.flat(), nodes), settings.flat())
-        else:
+            wire = messages(settings)
+        elif engine == "simulation":
             from fedlora.flower.engine import run_on_flower
 
             run_on_flower(settings)
+        else:
+            from loopback import run_on_loopback
+
+            wire = run_on_loopback(settings, Path(name), CLIENTS)
         total = time.perf_counter() - began
         log = [json.loads(line) for line in (Path(name) / "run/metrics.jsonl").open()]
-        spent = sum(record["seconds"]["total"] for record in log[1:])
-        from fedlora.records import peak_memory
-
         summary = json.loads((Path(name) / "run/summary.json").read_text())
-        peak = max(peak_memory(), summary["peak_memory_bytes"])
-    return {"rounds": rounds / spent, "start": total - spent, "peak": peak / 1e6,
-            "overhead": wire / arrays - 1}  # fmt: skip
+    spent = [record["seconds"]["total"] for record in log[1:]]
+    arrays = {way: summary[f"bytes_{way}_total"] for way in ("down", "up")}
+    return {"rounds": 1 / median(spent), "start": total - sum(spent), "wire": wire,
+            "server": summary["peak_memory_bytes"], "arrays": arrays}  # fmt: skip
 
 
-def size(record) -> int:
-    """Bytes of a record as Flower sends it: every object with its children."""
-    return len(record.deflate()) + sum(map(size, (record.children or {}).values()))
+def messages(settings: Any) -> dict[str, float]:
+    """Runs Flower's strategy loop; bytes of encoded messages over those of their arrays, less 1."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from flower_grid import LocalGrid
+
+    from fedlora.flower.app import client
+    from fedlora.flower.serving import serve
+
+    overheads: dict[str, list[float]] = {"down": [], "up": []}
+    parts: list[int] = []
+
+    class Counting(LocalGrid):
+        def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+            messages = list(messages)
+            replies = list(super().send_and_receive(messages, timeout=timeout))
+            for way, sent in (("down", messages), ("up", replies)):
+                for message in sent:
+                    if message.metadata.message_type == "train":
+                        sizes = {name: len(data) for name, data in objects(message.content)}
+                        record = message.content.array_records["arrays"]
+                        numbers = sum(len(array.data) for array in record.values())
+                        overheads[way].append(sum(sizes.values()) / numbers - 1)
+                        parts.append(len(sizes))
+            return replies
+
+    nodes = [{"partition-id": number} for number in range(CLIENTS)]
+    serve(Counting(client, settings.flat(), nodes), settings.flat())
+    worst = {way: max(found) for way, found in overheads.items()}
+    return worst | {"first": overheads["down"][0], "parts": max(parts)}
+
+
+def objects(record: Any) -> Iterator[tuple[str, bytes]]:
+    """What Flower sends of a record, by its hash: it sends what is there twice once."""
+    yield record.object_id, record.deflate()
+    for child in (record.children or {}).values():
+        yield from objects(child)
+
+
+def run(engine: str, rounds: int) -> dict[str, Any]:
+    """One engine in a process of its own; memory and processor time of all that it starts."""
+    command = [sys.executable, __file__, "--only", engine, "--rounds", str(rounds)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    before = spent_below()
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
+    # who starts a deployment is no part of it
+    with Memory(process.pid, itself=engine != "deployment") as memory:
+        told, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{engine} failed: {errors[-3000:]}")
+    found = json.loads(told.splitlines()[-1])
+    spent = spent_below() - before
+    return found | {"all": memory.peak, "processes": memory.processes, "spent": spent}
 
 
 def main() -> None:
@@ -89,23 +130,31 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--only", choices=["plain", "strategy", "simulation"])
+    parser.add_argument("--deployed", type=int, default=4, help="rounds of the deployment")
+    parser.add_argument("--only", choices=ENGINES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
         print(json.dumps(measured(args.only, args.rounds)))
         return
-    print("| engine | rounds a second | start and end, s | peak memory of the server, MB | wire |")
-    print("|---|---|---|---|---|")
-    for engine in ("plain", "strategy", "simulation"):
-        command = [sys.executable, __file__, "--rounds", str(args.rounds), "--only", engine]
-        done = subprocess.run(
-            command, check=True, capture_output=True, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        found = json.loads(done.stdout.splitlines()[-1])
-        wire = f"{found['overhead']:+.2%}" if engine == "strategy" else ""
-        figures = f"{found['rounds']:.2f} | {found['start']:.0f} | {found['peak']:.0f}"
-        print(f"| {engine} | {figures} | {wire} |", flush=True)
+    memories = "peak memory of all together, MB | of the server's process alone, MB"
+    times = "rounds | rounds a second | start and end, s | processor time in all, s"
+    print(f"| engine | {times} | processes | {memories} |")
+    print("|---|---|---|---|---|---|---|---|")
+    found = {}
+    with ended_with_this():
+        for engine in ENGINES:
+            rounds = args.deployed if engine == "deployment" else args.rounds
+            one = found[engine] = run(engine, rounds)
+            figures = f"{rounds} | {one['rounds']:.2f} | {one['start']:.0f} | {one['spent']:.0f}"
+            memory = f"{one['processes']} | {one['all'] / 1e6:,.0f} | {one['server'] / 1e6:,.0f}"
+            print(f"| {engine} | {figures} | {memory} |", flush=True)
+    wire, sockets = found["strategy"]["wire"], found["deployment"]
+    first, down, up = wire["first"], wire["down"], wire["up"]
+    through = {way: sockets["wire"][way] / sockets["arrays"][way] - 1 for way in ("down", "up")}
+    print("\n| bytes beyond the adapter's | first message down | later ones down | up |")
+    print("|---|---|---|---|")
+    print(f"| messages, {wire['parts']} parts | {first:+.2%} | {down:+.2%} | {up:+.2%} |")
+    print(f"| connections | | {through['down']:+.1%} | {through['up']:+.1%} |")
 
 
 if __name__ == "__main__":
