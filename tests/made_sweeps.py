@@ -85,17 +85,20 @@ def make_sweep(
     *,
     cases: Sequence[str] = ("balanced",),
     seeds: Sequence[int] = (0, 1, 2),
-    tried: Mapping[float, float] | None = None,
+    tried: Mapping[str, Mapping[float, float]] | None = None,
 ) -> Path:
     """A sweep's folder; `lines(method, case, seed)` are a run's, None where it has not ended.
 
-    `tried` holds learning rates with the held-out accuracy that a tuning run got; the best is
-    taken.
+    `tried` holds, for each method, learning rates with the held-out accuracy that a tuning run
+    got; the best is taken.
     """
-    entries, best = [], max(tried, key=lambda rate: tried[rate]) if tried else 0.0
+    folder.mkdir()
+    entries = []
     for case in cases:
         for method, settings in methods.items():
-            for rate, accuracy in (tried or {}).items():
+            rates = (tried or {}).get(method, {})
+            grid = {"client.lr": max(rates, key=lambda rate: rates[rate])} if rates else {}
+            for rate, accuracy in rates.items():
                 entries.append(_entry(method, case, 1000, True, settings, {"client.lr": rate}))
                 last = line(1, 0.5)
                 for client in last["clients"].values():
@@ -103,7 +106,6 @@ def make_sweep(
                 values = {**settings, "client.lr": rate, "run.seed": 1000}
                 write_run(run_path(folder, entries[-1].id), [line(0, 0.5), last], values)
             for seed in seeds:
-                grid = {"client.lr": best} if tried else {}
                 entries.append(_entry(method, case, seed, False, settings, grid))
                 found = lines(method, case, seed)
                 if found is not None:
@@ -194,5 +196,8 @@ def _shown_budget(error: float, t: int, draw: random.Random) -> dict[str, Any]:
 if __name__ == "__main__":
     make_sweep(
         Path(sys.argv[1]), SHOWN, shown_lines, cases=("balanced", "imbalanced"), seeds=range(5),
-        tried={0.001: 0.8, 0.002: 0.83, 0.004: 0.85, 0.008: 0.84},
+        tried={
+            name: {0.001 * 2**k: TOPS[place] - 0.01 * abs(k - 3 + place / 3) for k in range(5)}
+            for place, name in enumerate(SHOWN)
+        },
     )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -40,6 +40,13 @@ def budget_pictures(case: Case) -> list[Picture]:
 def total(run: Run, name: str) -> Array:
     """A figure of the budget over all layers by round; NaN where there is none."""
     return np.array([_figure(line.get("budget"), name) for line in run.rounds])
+
+
+def total_names(run: Run) -> list[str]:
+    """The figures over all layers that any round's budget has, in the order of the log."""
+    budgets = [line.get("budget") for line in run.rounds]
+    known = [budget for budget in budgets if isinstance(budget, Mapping)]
+    return list(dict.fromkeys(k for one in known for k, v in one.items() if _is_number(v)))
 
 
 def layer_names(run: Run) -> list[str]:
@@ -108,7 +115,11 @@ def _layers(line: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _figure(figures: Any, name: str) -> float:
     value = figures.get(name) if isinstance(figures, Mapping) else None
-    return float(value) if isinstance(value, int | float) else math.nan
+    return float(value) if _is_number(value) else math.nan
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -151,7 +162,8 @@ def _draw_heat(ax: Axes, names: Sequence[str], x: Array, shares: Array, top: flo
     rows, words = range(0, len(names), step), short_layers(names)
     ax.set_yticks(rows, [words[row][-18:] for row in rows], fontsize=7.5)
     ax.grid(visible=False)
-    bar = ax.figure.colorbar(image, ax=ax, format="{x:.0%}" if top > 0.06 else "{x:.1%}", pad=0.02)
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.02)
+    percent_axis(bar.ax)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
     ax.locator_params(axis="x", integer=True, min_n_ticks=1, nbins=6)
@@ -183,7 +195,8 @@ def _share_picture(case: Case) -> Picture | None:
     caption = (
         "The squared norm of each part of the error relative to that of the wanted increment, one "
         f"on top of the other, by round; means over {seed_span(spans)}. The parts need not be "
-        "orthogonal, so the sum is not a share of a whole; each panel has a scale of its own."
+        "orthogonal, and what is cut off may be what is folded or carried, so the sum is not a "
+        "share of a whole. Each panel has a scale of its own."
     )
     return Picture(
         f"{case.slug}-budget", f"Error budget, {case.title}", caption,

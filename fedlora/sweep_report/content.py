@@ -63,6 +63,16 @@ class Section:
 Block: TypeAlias = Words | Table | Picture
 
 
+@dataclass(frozen=True, eq=False)
+class Report:
+    """A whole report; `command` is what makes it and its figures again."""
+
+    title: str
+    summary: Sequence[str]
+    sections: Sequence[Section]
+    command: str
+
+
 @dataclass(frozen=True)
 class Choices:
     """What the reader of a sweep chooses: smoothing, whom to compare to, the target's share."""

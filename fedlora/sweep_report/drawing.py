@@ -13,7 +13,7 @@ from fedlora.sweep_report.cases import Arm, Case
 from fedlora.sweep_report.curves import Curve
 
 SIZE = 9.5
-ALONE, CROWDED, BEHIND = 0.15, 0.09, 0.07  # how strong a band is: of one line, of many, of a client
+ALONE, CROWDED, BEHIND = 0.22, 0.12, 0.08  # how strong a band is: of one line, of many, of a client
 REFERENCES: dict[str, Style] = {
     "central": {"color": BLACK, "linestyle": (0, (4, 1.5)), "marker": "h"},
     "local": {"color": GREY, "linestyle": (0, (6, 1.5, 1, 1.5)), "marker": "p"},
@@ -66,10 +66,11 @@ def round_axis(ax: Axes, last: float) -> None:
 
 
 def percent_axis(ax: Axes, along: str = "y") -> None:
-    """Shares as percentages, with a decimal where the span is small."""
-    low, high = ax.get_ylim() if along == "y" else ax.get_xlim()
+    """Shares as percentages, with as many decimals as the span asks for."""
+    from matplotlib.ticker import PercentFormatter
+
     axis = ax.yaxis if along == "y" else ax.xaxis
-    axis.set_major_formatter("{x:.0%}" if high - low > 0.06 else "{x:.1%}")
+    axis.set_major_formatter(PercentFormatter(1.0))
 
 
 def method_rows(ax: Axes, arms: Sequence[Arm]) -> Array:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
-from fedlora.sweep_report.content import Picture, Section, Table, Words
+from fedlora.sweep_report.content import Picture, Report, Section, Table, Words
 
 
-def markdown_page(
-    title: str, summary: Sequence[str], sections: Sequence[Section], command: str
-) -> str:
-    """The whole text; `command` is what makes the report and its figures again."""
-    parts = [f"# {plain_text(title)}", _words(Words(summary))]
-    parts += [text for section in sections for text in _section(section, 2, command)]
+def markdown_page(report: Report) -> str:
+    """The whole text."""
+    parts = [f"# {plain_text(report.title)}", _words(Words(report.summary))]
+    parts += [text for part in report.sections for text in _section(part, 2, report.command)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -5,18 +5,19 @@ Everything that comes from files is escaped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from html import escape
 from importlib import resources
 
-from fedlora.sweep_report.content import Picture, Section, Table, Words
+from fedlora.sweep_report.content import Picture, Report, Section, Table, Words
 from fedlora.sweep_report.sheets import panel_svg, sample_svg
 
 
-def html_page(title: str, summary: Sequence[str], sections: Sequence[Section], command: str) -> str:
-    """The whole page; `command` is what makes the report and its figures again."""
+def html_page(report: Report) -> str:
+    """The whole page."""
+    title, command = escape(report.title), report.command
     style = resources.files("fedlora.sweep_report").joinpath("page.css").read_text("utf-8")
-    anchors = [(f"part-{place}", section) for place, section in enumerate(sections)]
+    anchors = [(f"part-{place}", section) for place, section in enumerate(report.sections)]
     links = "\n".join(f'<a href="#{name}">{escape(part.title)}</a>' for name, part in anchors)
     parts = "\n".join(
         f'<section id="{name}">\n{_section(part, 2, command)}\n</section>' for name, part in anchors
@@ -26,15 +27,15 @@ def html_page(title: str, summary: Sequence[str], sections: Sequence[Section], c
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
+<title>{title}</title>
 <style>
 {style}</style>
 </head>
 <body>
 <header>
-<h1>{escape(title)}</h1>
+<h1>{title}</h1>
 <div class="summary">
-{_words(Words(summary))}
+{_words(Words(report.summary))}
 </div>
 </header>
 <nav aria-label="Sections">

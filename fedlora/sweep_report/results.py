@@ -86,7 +86,7 @@ def cost_picture(case: Case) -> Picture:
         label_axes(ax, "milliseconds a round")
 
     caption = (
-        "Left: megabytes (10^6 bytes) sent in a whole run, up (full colour) and down (pale). "
+        "Left: megabytes (10^6 bytes) sent in a whole run, up (full colour) and down (faint). "
         "Right: wall-clock time of the server's half of a round, mean over seeds with 95 % "
         "intervals, on the machine that the runs were made on."
     )

@@ -175,7 +175,7 @@ def _clients(arm: Arm, rolling: int) -> dict[str, Curve]:
     if len(common) > MANY:
         readers = {
             f"{word} of {len(common)} clients": _across(share)
-            for word, share in (("lowest", 0), ("median", 50), ("highest", 100))
+            for word, share in (("lowest", 0.0), ("median", 50.0), ("highest", 100.0))
         }
     else:
         readers = {_named(client): _client(client) for client in common}

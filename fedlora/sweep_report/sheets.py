@@ -44,7 +44,7 @@ def draw_sheet(picture: Picture) -> Figure:
     for place, panel in enumerate(picture.panels):
         ax = figure.add_subplot(rows, columns, place + 1)
         _fill(ax, panel)
-        title = short(" ".join(panel.title.split()), 44)
+        title = short(" ".join(panel.title.split()), 36)
         ax.set_title(title, loc="left", fontsize=11, fontweight="bold", color=BLACK)
     if entries:
         handles = [_handle(name, style) for name, style in picture.legend]

@@ -13,7 +13,7 @@ import numpy as np
 
 from fedlora.rundir import EXACT, Run, number, plain
 from fedlora.significance import Estimate, estimate
-from fedlora.sweep_report.budget import total
+from fedlora.sweep_report.budget import total, total_names
 from fedlora.sweep_report.cases import Arm, Case
 from fedlora.sweep_report.content import Table
 from fedlora.sweep_report.curves import area
@@ -36,10 +36,10 @@ def final_table(case: Case) -> Table:
     for arm in case.there:
         found, values = final(arm), list(arm.finals().values())
         rows.append([
-            arm.method, str(found.n), with_half(found, 100), plain(100 * found.sd, ".2f"),
+            arm.method, str(found.n), with_half(found, 100.0), plain(100 * found.sd, ".2f"),
             plain(100 * min(values, default=math.nan), ".2f"),
             plain(100 * max(values, default=math.nan), ".2f"),
-            with_half(final(arm, "macro_f1"), 100), with_half(final(arm, "loss"), 1, 3),
+            with_half(final(arm, "macro_f1"), 100.0), with_half(final(arm, "loss"), 1.0, 3),
         ])  # fmt: skip
     head = ["method", "seeds", "accuracy, %", "sd", "lowest", "highest", "macro-F1, %", "loss"]
     notes = ["± is half the 95 % interval of the mean over seeds (Student's t); sd the deviation."]
@@ -97,7 +97,7 @@ def early_table(case: Case, target: float) -> Table:
         rows.append([
             arm.method, f"{found.arrived} of {found.seeds}" if found.seeds else "-",
             ever(found.rounds, ".3g"), ever(found.megabytes, ",.1f"),
-            with_half(estimate([area(run) for run in arm.all]), 100),
+            with_half(estimate([area(run) for run in arm.all]), 100.0),
         ])  # fmt: skip
     head = ["method", "reached by", "rounds, median", "MB, median", "area, %"]
     notes = [
@@ -116,11 +116,11 @@ def overfitting_table(case: Case) -> Table:
         best = [_best_round(run) for run in arm.all]
         rows.append([
             arm.method,
-            with_half(estimate([_last(run.train_loss()) for run in arm.all]), 1, 3),
-            with_half(estimate([_last(run.evaluation("loss")) for run in arm.all]), 1, 3),
-            with_half(estimate([run.gap for run in arm.all]), 1, 3, sign="+"),
+            with_half(estimate([_last(run.train_loss()) for run in arm.all]), 1.0, 3),
+            with_half(estimate([_last(run.evaluation("loss")) for run in arm.all]), 1.0, 3),
+            with_half(estimate([run.gap for run in arm.all]), 1.0, 3, sign="+"),
             plain(float(np.median([round for round, _ in best])), ".3g"),
-            with_half(estimate([rise for _, rise in best]), 1, 3, sign="+"),
+            with_half(estimate([rise for _, rise in best]), 1.0, 3, sign="+"),
         ])  # fmt: skip
     head = ["method", "training loss", "evaluation loss", "gap", "lowest in round", "rise since"]
     notes = [
@@ -139,7 +139,7 @@ def cost_table(case: Case) -> Table:
         share = (up + down) / full if full > 0 else math.nan
         rows.append([
             arm.method, plain(up, ",.2f"), plain(down, ",.2f"), plain(up + down, ",.2f"),
-            plain(100 * share, ".2f"), with_half(estimate(server_milliseconds(arm)), 1, 1),
+            plain(100 * share, ".2f"), with_half(estimate(server_milliseconds(arm)), 1.0, 1),
             plain(estimate([_trainable(run) for run in arm.all]).mean, ",.0f"),
             _error(estimate([merge_error(run) for run in arm.all]).mean),
         ])  # fmt: skip
@@ -157,13 +157,13 @@ def cost_table(case: Case) -> Table:
 def change_table(base: Arm, changes: Sequence[Change]) -> Table:
     """One setting changed at a time, against the method `base`."""
     found = final(base)
-    rows = [[base.method, "baseline", with_half(found, 100), str(found.n), *["-"] * 4]]
+    rows = [[base.method, "baseline", with_half(found, 100.0), str(found.n), *["-"] * 4]]
     for change in changes:
         cells = paired_cells(change.versus)
         rows.append([
             change.versus.arm.method,
             f"{change.key}: {value(change.before)} to {value(change.after)}",
-            with_half(final(change.versus.arm), 100), *cells[:3], cells[4], cells[5],
+            with_half(final(change.versus.arm), 100.0), *cells[:3], cells[4], cells[5],
         ])  # fmt: skip
     head = ["method", "changed", "accuracy, %", "pairs", *PAIRED[1:3], *PAIRED[4:6]]
     notes = [
@@ -197,9 +197,7 @@ def chosen_table(case: Case) -> Table | None:
 def budget_table(case: Case) -> Table | None:
     """Totals of the error budget in the last round; None where no run has one."""
     names = list(dict.fromkeys(
-        name for arm in case.there for run in arm.all for line in run.rounds
-        for name, figure in (line.get("budget") or {}).items()
-        if isinstance(figure, int | float)
+        name for arm in case.there for run in arm.all for name in total_names(run)
     ))  # fmt: skip
     if not names:
         return None

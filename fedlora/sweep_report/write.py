@@ -15,7 +15,7 @@ from fedlora.files import write_text
 from fedlora.hints import near
 from fedlora.sweep_report.budget import budget_pictures
 from fedlora.sweep_report.cases import Case, method_names, read_cases
-from fedlora.sweep_report.content import Block, Choices, Picture, Section, Words
+from fedlora.sweep_report.content import Block, Choices, Picture, Report, Section, Words
 from fedlora.sweep_report.findings import compared, one_setting_apart, target_of
 from fedlora.sweep_report.markdown import markdown_page
 from fedlora.sweep_report.page import html_page
@@ -47,6 +47,19 @@ def write_sweep_report(
 ) -> list[Path]:
     """Writes index.html, report.md and figures/ into `out` (the sweep's `report` folder).
 
+    Errors as in `sweep_report`.
+    """
+    report, target = sweep_report(folder, out, choices), out or folder / "report"
+    (target / "figures").mkdir(parents=True, exist_ok=True)
+    pages = [target / "index.html", target / "report.md"]
+    write_text(pages[0], html_page(report))
+    write_text(pages[1], markdown_page(report))
+    return pages + [file for one in _pictures(report.sections) for file in _draw(one, target)]
+
+
+def sweep_report(folder: Path, out: Path | None = None, choices: Choices | None = None) -> Report:
+    """What the sweep's runs say; nothing is drawn yet. `out` is named in the command alone.
+
     What is not there yet is left out and named. ValueError for a folder that holds no sweep or no
     finished run, for an unknown baseline and for a target that is no share.
     """
@@ -58,14 +71,9 @@ def write_sweep_report(
         raise ValueError(f"no run of the sweep {folder} that counts has ended yet: run it first")
     sections = [_case_section(sweep, case, baseline, chosen) for case in cases]
     sections += [_exactness_section(cases), _origin_section(cases)]
-    sections = [section for section in sections if section.blocks or section.sections]
-    title, summary = f"Sweep {sweep.name}", _summary(cases, baseline, chosen)
-    command, target = _command(folder, out, chosen), out or folder / "report"
-    (target / "figures").mkdir(parents=True, exist_ok=True)
-    pages = [target / "index.html", target / "report.md"]
-    write_text(pages[0], html_page(title, summary, sections, command))
-    write_text(pages[1], markdown_page(title, summary, sections, command))
-    return pages + [file for picture in _pictures(sections) for file in _draw(picture, target)]
+    full = [section for section in sections if section.blocks or section.sections]
+    summary, command = _summary(cases, baseline, chosen), _command(folder, out, chosen)
+    return Report(f"Sweep {sweep.name}", summary, full, command)
 
 
 def _baseline(sweep: SweepRuns, chosen: Choices) -> str:
