@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -27,7 +29,7 @@ from fedlora.sweep_report.results import exactness_picture, tried_scores
 from fedlora.sweep_report.rounds import accuracy_picture
 from fedlora.sweep_report.sheets import draw_sheet
 from fedlora.sweep_report.write import sweep_report, write_sweep_report
-from fedlora.sweepdir import read_sweep
+from fedlora.sweepdir import read_sweep, write_plan
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
@@ -414,6 +416,9 @@ def test_a_sweep_without_a_finished_run_is_refused(tmp_path):
     folder = make_sweep(tmp_path / "s", METHODS, lambda *_: None)
     with pytest.raises(ValueError, match=r"no run of the sweep .* has ended yet"):
         Read(folder)
+    write_plan(folder, "none", [])
+    with pytest.raises(ValueError, match="has ended yet: run it first"):
+        Read(folder)
 
 
 def test_a_score_of_an_earlier_round_is_never_taken_for_the_final_one(tmp_path):
@@ -431,6 +436,31 @@ def test_a_score_of_an_earlier_round_is_never_taken_for_the_final_one(tmp_path):
     page = Read(folder)
     assert page.rows_of("alone", 8)[0][1:3] == ["0", "-"]
     assert page.rows_of("alone", 5)[0][1:4] == ["-", "-", "-"]
+
+
+def test_an_untrained_start_above_the_target_has_reached_nothing(tmp_path):
+    made = [line(t, score) for t, score in enumerate((0.9, 0.6, 0.7, 0.8))]
+    folder = make_sweep(tmp_path / "s", {"fra": {}}, lambda *_: made, seeds=(0, 1))
+    assert speed(the_case(folder).arm("fra"), 0.7).rounds == 2
+
+
+def test_what_was_not_evaluated_by_round_is_named_and_not_drawn(tmp_path):
+    def lines(method, case, seed):
+        return rising(0.8) if method == "fra" else [line(0, 0.6), line(1, None), line(2, 0.7)]
+
+    folder = make_sweep(tmp_path / "s", {"fra": {}, "late": {}}, lines)
+    assert "Not evaluated by round" not in Read(folder).text
+
+    def never(method, case, seed):
+        return rising(0.8) if method == "fra" else [line(0, 0.6), line(1, None)]
+
+    folder = make_sweep(tmp_path / "n", {"fra": {}, "never": {}}, never)
+    assert "Not evaluated by round: never." in Read(folder).text
+    assert [panel.title for panel in accuracy_picture(the_case(folder), 1).panels] == ["fra"]
+    folder = make_sweep(tmp_path / "o", {"never": {}}, never)
+    page = Read(folder)
+    assert "balanced-accuracy" not in page.slugs
+    assert "No accuracy by round is there" in page.text
 
 
 def test_rounds_measured_on_fewer_rows_are_said_to_be(tmp_path):
@@ -554,3 +584,8 @@ def test_the_same_sweep_gives_the_same_bytes(tmp_path):
     folder = make_sweep(tmp_path / "s", {"fra": {}}, lambda *_: rising(0.8), seeds=(0, 1))
     first = {path: path.read_bytes() for path in write_sweep_report(folder)}
     assert {path: path.read_bytes() for path in write_sweep_report(folder)} == first
+
+
+def test_a_report_needs_no_torch():
+    code = "import sys, fedlora.sweep_report.write; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

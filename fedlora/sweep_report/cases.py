@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fedlora.rundir import Run, number
 from fedlora.sweepdir import Entry, SweepRuns, heldout_score
 
@@ -78,9 +80,19 @@ class Case:
         """The methods with at least one finished run."""
         return [arm for arm in self.arms if arm.runs]
 
+    @property
+    def followed(self) -> list[Arm]:
+        """The methods that were evaluated in any round after the start."""
+        return [arm for arm in self.there if any(was_followed(run) for run in arm.all)]
+
     def arm(self, method: str) -> Arm | None:
         """The method's arm, None where it has no finished run."""
         return next((arm for arm in self.there if arm.method == method), None)
+
+
+def was_followed(run: Run) -> bool:
+    """Whether the run was evaluated in any round after its start."""
+    return bool(np.isfinite(run.evaluation("accuracy")[run.series("round") > 0]).any())
 
 
 def method_names(sweep: SweepRuns) -> list[str]:

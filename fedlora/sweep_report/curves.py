@@ -70,18 +70,12 @@ def moved(run: Run) -> Array:
 
 
 def reached(run: Run, target: float) -> Reached:
-    """When the run's accuracy, as measured, was first at or above the target."""
-    with np.errstate(invalid="ignore"):
-        hits = np.flatnonzero(accuracy(run) >= target)
+    """When the run's accuracy, as measured, was first at or above the target, once trained."""
+    hits = np.flatnonzero((accuracy(run) >= target) & (run.series("round") > 0))
     if not hits.size:
         return Reached(math.inf, math.inf)
     first = hits[0]
     return Reached(float(run.series("round")[first]), float(moved(run)[first]))
-
-
-def was_followed(run: Run) -> bool:
-    """Whether the run was evaluated in any round after its start."""
-    return bool(np.isfinite(accuracy(run)[run.series("round") > 0]).any())
 
 
 def area(run: Run) -> float:

@@ -66,11 +66,9 @@ def round_axis(ax: Axes, last: float) -> None:
 
 
 def percent_axis(ax: Axes, along: str = "y") -> None:
-    """Shares as percentages, with as many decimals as the span asks for."""
-    from matplotlib.ticker import PercentFormatter
-
+    """Shares as percentages, with as many decimals as they need."""
     axis = ax.yaxis if along == "y" else ax.xaxis
-    axis.set_major_formatter(PercentFormatter(1.0))
+    axis.set_major_formatter(lambda value, place: f"{100 * value:.4g}%")
 
 
 def method_rows(ax: Axes, arms: Sequence[Arm]) -> Array:
@@ -120,12 +118,17 @@ def last_round(case: Case) -> float:
 
 
 def common_limits(curves: Sequence[Curve]) -> Callable[[Axes], None]:
-    """What gives all panels the same vertical axis, wide enough for all these curves."""
-    lows = [found.low.min() for found in curves if len(found.x)]
-    highs = [found.high.max() for found in curves if len(found.x)]
-    if not lows:
+    """What gives all panels the same vertical axis, wide enough for all these means.
+
+    Bands have room for as much again on either side; those of two seeds may be wider than any use.
+    """
+    known = [found for found in curves if len(found.x)]
+    if not known:
         return lambda ax: None
-    low, high = float(min(lows)), float(max(highs))
+    least, most = min(c.mean.min() for c in known), max(c.mean.max() for c in known)
+    span = float(most - least) or 0.1
+    low = max(min(float(c.low.min()) for c in known), least - span)
+    high = min(max(float(c.high.max()) for c in known), most + span)
     room = max(0.04 * (high - low), 1e-3)
 
     def limit(ax: Axes) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from fedlora.rundir import EXACT, Run, last_known
 from fedlora.significance import Estimate, Paired, centred, estimate, holm, paired, rank_correlation
-from fedlora.sweep_report.cases import Arm, Case
-from fedlora.sweep_report.curves import median, reached, was_followed
+from fedlora.sweep_report.cases import Arm, Case, was_followed
+from fedlora.sweep_report.curves import median, reached
 
 DECIDES = 5  # fewer pairs than this decide nothing
 METHODS = ("merge.rule", "run.mode")  # these make another method, not another setting of one

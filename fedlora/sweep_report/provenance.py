@@ -47,7 +47,8 @@ def origin_table(cases: Sequence[Case]) -> Table:
                 ),
             ]
         )
-    return Table("Data, settings and versions", ["what", "value"], rows, texts=2)
+    known = [row for row in rows if row[1] != "-"]
+    return Table("Data, settings and versions", ["what", "value"], known, texts=2)
 
 
 def tuning_words(cases: Sequence[Case]) -> str:

@@ -207,7 +207,8 @@ def exactness_picture(cases: Sequence[Case]) -> Picture:
     )
     return Picture(
         "exactness", "Does an exact merge mean a better model?", caption,
-        [panel(case) for case in known], legend_of(merged),
+        [panel(case) for case in known],
+        [(name, style | {"linestyle": ""}) for name, style in legend_of(merged)],
     )  # fmt: skip
 
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from fedlora.canvas import BLACK, GREY, Axes, Style, line_style
 from fedlora.rundir import Array, Run
-from fedlora.sweep_report.cases import Arm, Case
+from fedlora.sweep_report.cases import Arm, Case, was_followed
 from fedlora.sweep_report.content import Panel, Picture, seed_span
-from fedlora.sweep_report.curves import Curve, accuracy, curve, median, moved, reached, was_followed
+from fedlora.sweep_report.curves import Curve, accuracy, curve, median, moved, reached
 from fedlora.sweep_report.drawing import (
     BEHIND,
     CROWDED,
@@ -35,7 +35,7 @@ TRAINING = {"color": GREY, "linestyle": (0, (4, 2)), "marker": "", "linewidth": 
 
 def accuracy_picture(case: Case, rolling: int) -> Picture:
     """Accuracy of each client and of the global adapter by round, a panel for each method."""
-    arms = case.there
+    arms = case.followed
     whole = {arm.method: curve(arm.all, accuracy, rolling) for arm in arms}
     apart = {arm.method: _clients(arm, rolling) for arm in arms}
     limit = common_limits(
@@ -63,7 +63,8 @@ def accuracy_picture(case: Case, rolling: int) -> Picture:
         "Accuracy on the shared evaluation set after each round. The thick line in the method's "
         "colour is the global adapter after the merge (local: the mean of the clients), grey lines "
         "are the clients' own adapters after local training, before the merge. "
-        f"{smooth}Lines are means over seeds ({_span(arms)}), bands their 95 % intervals."
+        f"{smooth}Lines are means over seeds ({_span(arms)}), bands their 95 % intervals, "
+        "cut where they leave the panel."
     )
     return Picture(
         f"{case.slug}-accuracy", f"Accuracy by round, {case.title}", caption,
@@ -73,15 +74,16 @@ def accuracy_picture(case: Case, rolling: int) -> Picture:
 
 def early_picture(case: Case, target: float, rolling: int) -> Picture:
     """Accuracy of all methods by round and by megabytes, and when each seed reached the target."""
-    arms = case.there
+    arms = case.followed
     found = {arm.method: curve(arm.all, accuracy, rolling) for arm in arms}
     sent = {arm.method: curve(arm.all, _moved_where_known) for arm in arms}
-    last = last_round(case)
+    last, limit = last_round(case), common_limits(list(found.values()))
 
     def by_round(ax: Axes) -> None:
         for arm in arms:
             draw_curve(ax, found[arm.method], arm_style(arm), shade=CROWDED)
         level(ax, target)
+        limit(ax)
         round_axis(ax, last)
         percent_axis(ax)
 
@@ -89,6 +91,7 @@ def early_picture(case: Case, target: float, rolling: int) -> Picture:
         for arm in arms:
             _draw_traffic(ax, found[arm.method], sent[arm.method].mean, arm_style(arm))
         level(ax, target)
+        limit(ax)
         percent_axis(ax)
         label_axes(ax, "megabytes, up and down, all clients")
 
@@ -179,7 +182,8 @@ def _clients(arm: Arm, rolling: int) -> dict[str, Curve]:
         }
     else:
         readers = {_named(client): _client(client) for client in common}
-    return {name: curve(arm.all, read, rolling) for name, read in readers.items()}
+    found = {name: curve(arm.all, read, rolling) for name, read in readers.items()}
+    return {name: one for name, one in found.items() if len(one.x)}
 
 
 def _named(client: str) -> str:

@@ -51,9 +51,10 @@ def final_table(case: Case) -> Table:
 def paired_table(baseline: str, versus: Sequence[Versus]) -> Table:
     """Each method against the baseline, seed by seed."""
     rows = [[one.arm.method, *paired_cells(one)] for one in versus]
+    tests = sum(not math.isnan(one.paired.p) for one in versus)
     notes = [
         f"Paired t test over the seeds that the method and {baseline} share; p corrected by Holm's "
-        f"method for the {len(versus)} comparisons of this case. d is Cohen's d_z (mean difference "
+        f"method for the {tests} tests of this case. d is Cohen's d_z (mean difference "
         "over the deviation of the differences), g the same with Hedges' correction for few pairs.",
         *paired_notes(versus),
     ]
@@ -77,7 +78,7 @@ def paired_cells(one: Versus) -> list[str]:
 def paired_notes(versus: Sequence[Versus]) -> list[str]:
     """What the reader has to know about too few pairs and about tests that cannot be made."""
     notes = []
-    few = sorted({one.paired.n for one in versus if one.paired.n < DECIDES})
+    few = sorted({one.paired.n for one in versus if 0 < one.paired.n < DECIDES})
     if few:
         what = " and ".join(str(n) for n in few)
         notes.append(

@@ -64,16 +64,19 @@ def gaps(cases: Sequence[Case]) -> list[str]:
 
 
 def subset_words(case: Case) -> list[str]:
-    """On how many rows rounds before the last were evaluated, where those are not all."""
+    """Who was not evaluated by round, and on how many rows, where those are not all."""
+    blind = [arm.method for arm in case.there if arm not in case.followed]
+    words = [f"Not evaluated by round: {', '.join(blind)}."] if blind else []
     lines = [line for arm in case.there for run in arm.all for line in run.rounds[:-1]]
     early = {number(line, ("global", "examples")) for line in lines if line.get("global")}
     whole = {number(run.summary, ("final", "examples")) for arm in case.there for run in arm.all}
     early, whole = ({rows for rows in found if math.isfinite(rows)} for found in (early, whole))
     if not early or not whole or max(early) >= max(whole):
-        return []
+        return words
     return [
+        *words,
         f"Before the last round accuracy and loss were measured on {max(early):,.0f} of the "
-        f"{max(whole):,.0f} evaluation rows, drawn once by each seed; the last round has them all."
+        f"{max(whole):,.0f} evaluation rows, drawn once by each seed; the last round has them all.",
     ]
 
 

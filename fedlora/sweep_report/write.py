@@ -66,9 +66,9 @@ def sweep_report(folder: Path, out: Path | None = None, choices: Choices | None 
     chosen = choices or Choices()
     sweep = read_sweep(folder)
     cases = read_cases(sweep)
-    baseline = _baseline(sweep, chosen)
     if not any(case.there for case in cases):
         raise ValueError(f"no run of the sweep {folder} that counts has ended yet: run it first")
+    baseline = _baseline(sweep, chosen)
     sections = [_case_section(sweep, case, baseline, chosen) for case in cases]
     sections += [_exactness_section(cases), _origin_section(cases)]
     full = [section for section in sections if section.blocks or section.sections]
@@ -111,10 +111,9 @@ def _case_section(sweep: SweepRuns, case: Case, baseline: str, chosen: Choices) 
         return Section(case.heading, [Words(missing)])
     versus = compared(case, baseline)
     paired = [paired_table(baseline, versus)] if versus else [_no_pairs(case, baseline)]
-    subset = [Words(lines)] if (lines := subset_words(case)) else []
     parts: list[tuple[str, list[Block | None]]] = [
         ("Final accuracy", [final_picture(case, baseline, versus), final_table(case), *paired]),
-        ("Accuracy by round", [*subset, accuracy_picture(case, chosen.rolling)]),
+        ("Accuracy by round", _followed(case, chosen)),
         ("Early convergence", _early(case, chosen)),
         ("Overfitting", [loss_picture(case, chosen.rolling), overfitting_table(case)]),
         ("Communication and server time", [cost_picture(case), cost_table(case)]),
@@ -135,10 +134,15 @@ def _tuned(case: Case) -> str:
     return "Sensitivity to the learning rate" if tuned == {"client.lr"} else "Tuned settings"
 
 
+def _followed(case: Case, chosen: Choices) -> list[Block | None]:
+    words: list[Block | None] = [Words(lines)] if (lines := subset_words(case)) else []
+    return [*words, accuracy_picture(case, chosen.rolling)] if case.followed else words
+
+
 def _early(case: Case, chosen: Choices) -> list[Block | None]:
     target = target_of(case, chosen.target)
-    if math.isnan(target):
-        return [Words(["No final accuracy is there, so there is no target."])]
+    if math.isnan(target) or not case.followed:
+        return [Words(["No accuracy by round is there, or no final one."])]
     share = f"{chosen.target:.0%} of the best mean final accuracy of this case"
     return [
         Words([f"The target is {target:.1%}: {share}."]),
