@@ -13,9 +13,12 @@ from fedlora.files import write_bytes
 
 Axes: TypeAlias = Any  # matplotlib's; imported only where something is drawn
 Figure: TypeAlias = Any
+Style: TypeAlias = dict[str, Any]
 
 BLACK, GREY, LIGHT = "#1a1a1a", "#666666", "#dddddd"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito, 2008
+LINES = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.2, 1.2)), (0, (9, 2)))
+MARKERS = "sD^vPXo"
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "++")
 
 
@@ -40,6 +43,24 @@ def tidy(ax: Axes) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(GREY)
     ax.tick_params(labelsize=9.5, color=GREY, labelcolor=BLACK)
+
+
+def line_style(index: int) -> Style:
+    """The look of line `index`: colour, dashes and marker each tell it apart, also in grey."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": LINES[index % len(LINES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linewidth": 1.7,
+        "markersize": 5,
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.6,
+    }
+
+
+def short(text: str, room: int) -> str:
+    """`text` cut to `room` characters; a dollar sign would start a formula in matplotlib."""
+    return (text if len(text) <= room else text[: room - 1] + "…").replace("$", r"\$")
 
 
 def render(figure: Figure, kind: str) -> bytes:

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedlora.cli_report import report
 from fedlora.cli_sweep import sweep
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ app = typer.Typer(
 
 flower = typer.Typer(no_args_is_help=True, help="Federations across machines, on Flower.")
 app.add_typer(flower, name="flower")
+app.command()(report)
 app.command()(sweep)
 
 Engine = Literal["process", "flower"]
@@ -40,7 +42,6 @@ Sets = Annotated[
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The run's settings.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 Client = Annotated[str, typer.Option("--client", help="Use this client's own adapter.")]
-Rolling = Annotated[int, typer.Option("--rolling", min=1, help="Rounds in the rolling mean.")]
 
 
 @app.command()
@@ -183,19 +184,6 @@ def predict(
     if out.exists():
         raise ValueError(f"{out} exists already; nothing was written: name another file")
     out.write_text(text, encoding="utf-8")
-
-
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the report.")] = None,
-    rolling: Rolling = 1,
-) -> None:
-    """Draw one run, or compare several: PNG, SVG and a Markdown table."""
-    from fedlora.report import write_report
-
-    for path in write_report(runs, out, rolling):
-        Console().print(str(path), highlight=False, soft_wrap=True)
 
 
 @app.command()

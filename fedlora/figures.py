@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.canvas import BLACK, COLOURS, GREY, Axes, Figure, new_figure, tidy
+from fedlora.canvas import BLACK, GREY, Axes, Figure, Style, line_style, new_figure, short, tidy
 from fedlora.rundir import (
     EXACT,
     Array,
@@ -24,15 +23,11 @@ from fedlora.rundir import (
     number,
     percent,
     plain,
-    rolling_mean,
+    smoothed,
+    stacked,
 )
 
-Style: TypeAlias = dict[str, Any]
-
-
 MANY = 8  # more clients than this are drawn as a faint bundle with its median
-LINES = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.2, 1.2)), (0, (9, 2)))
-MARKERS = "sD^vPXo"
 LEGEND = {"frameon": False, "fontsize": 9.5, "handlelength": 2.6, "handletextpad": 0.6}
 SETTING = {
     "federated": "federated, merge rule {rule}",
@@ -65,7 +60,7 @@ def draw_run(run: Run, rolling: int = 1) -> Figure:
     x, error = run.series("round"), run.series("merge_error")
     _draw_accuracy(main, run, x, rolling)
     _draw_loss(small[0], run, x, rolling)
-    last = _style(5) | {"label": f"last round {plain(last_known(error), '.2g')}"}
+    last = line_style(5) | {"label": f"last round {plain(last_known(error), '.2g')}"}
     _draw_merge_error(small[1], [(x, error[None], last)], rolling)
     _legend_above(small[1])
     _title(small[1], "Merge error", "distance to the mean increment, relative", 23)
@@ -90,12 +85,12 @@ def draw_comparison(runs: Sequence[Run], rolling: int = 1) -> Figure:
     errors = []
     for label, members, index in groups:
         final = mean_final(members)
-        named = _style(index) | {"label": _entry(final, label)}
-        accuracy = _stack(x, members, lambda run: run.evaluation("accuracy"))
+        named = line_style(index) | {"label": _entry(final, label)}
+        accuracy = stacked(x, members, lambda run: run.evaluation("accuracy"))
         _draw(main, x, accuracy, named, rolling)
-        _draw(small[0], x, _stack(x, members, lambda run: run.evaluation("loss")), named, rolling)
-        errors.append((x, _stack(x, members, lambda run: run.series("merge_error")), named))
-        moved = _stack(x, members, lambda run: run.megabytes("up") + run.megabytes("down"))
+        _draw(small[0], x, stacked(x, members, lambda run: run.evaluation("loss")), named, rolling)
+        errors.append((x, stacked(x, members, lambda run: run.series("merge_error")), named))
+        moved = stacked(x, members, lambda run: run.megabytes("up") + run.megabytes("down"))
         if np.nanmax(moved) > 0:
             _draw(small[2], moved.mean(axis=0), accuracy, named, rolling)
         elif math.isfinite(final):
@@ -120,7 +115,7 @@ def _page(title: str, facts: Sequence[str], panels: int) -> tuple[Figure, Axes, 
     """A figure with its heading, one wide panel with room for a legend, and a row of small ones."""
     figure = new_figure(12.0, 8.2)
     left, right, gap = 0.055, 0.985, 0.05 if panels > 3 else 0.06
-    figure.text(0.02, 0.955, _short(title, 60), fontsize=18, fontweight="bold", color=BLACK)
+    figure.text(0.02, 0.955, short(title, 60), fontsize=18, fontweight="bold", color=BLACK)
     figure.text(0.02, 0.922, "   ·   ".join(facts), fontsize=11, color=GREY)
     main = figure.add_axes((left, 0.47, 0.7, 0.375))
     width = (right - left - gap * (panels - 1)) / panels
@@ -140,23 +135,10 @@ def _title(ax: Axes, title: str, caption: str, height: int = 8) -> None:
         ax.annotate(text, (0, 1), (0, height + lift), fontsize=size, color=colour, **place)
 
 
-def _style(index: int) -> Style:
-    """The look of line `index`: colour, dashes and marker each tell it apart, also in grey."""
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "linestyle": LINES[index % len(LINES)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "linewidth": 1.7,
-        "markersize": 5,
-        "markeredgecolor": "white",
-        "markeredgewidth": 0.6,
-    }
-
-
 def _draw(ax: Axes, x: Array, rows: Array, style: Style, rolling: int) -> None:
     """The mean of `rows` where all have a value; behind it raw points and the min-max band."""
     seen = np.isfinite(x) & np.isfinite(rows).all(axis=0)
-    smooth = np.stack([_smooth(x, row, rolling) for row in rows])[:, seen]
+    smooth = np.stack([smoothed(x, row, rolling) for row in rows])[:, seen]
     if rolling > 1:
         faint = {"linestyle": "", "alpha": 0.35, "markersize": 4, "label": "_raw", "zorder": 1}
         ax.plot(x[seen], rows[:, seen].mean(axis=0), **(style | faint))
@@ -164,12 +146,6 @@ def _draw(ax: Axes, x: Array, rows: Array, style: Style, rolling: int) -> None:
         low, high = smooth.min(axis=0), smooth.max(axis=0)
         ax.fill_between(x[seen], low, high, color=style["color"], alpha=0.15, linewidth=0)
     ax.plot(x[seen], smooth.mean(axis=0), markevery=max(1, int(seen.sum()) // 15), **style)
-
-
-def _smooth(x: Array, row: Array, rolling: int) -> Array:
-    """The rolling mean, into which what came before any training (x = 0) is not mixed."""
-    start = int(x[0] == 0)
-    return np.concatenate([row[:start], rolling_mean(row[start:], rolling)])
 
 
 def _draw_accuracy(ax: Axes, run: Run, x: Array, rolling: int) -> None:
@@ -186,7 +162,11 @@ def _draw_accuracy(ax: Axes, run: Run, x: Array, rolling: int) -> None:
         for index, (client, row) in enumerate(zip(run.clients, each, strict=True)):
             name = f"client {client}" if client.isdecimal() else client
             _draw(
-                ax, x, row[None], _style(index) | {"label": _entry(last_known(row), name)}, rolling
+                ax,
+                x,
+                row[None],
+                line_style(index) | {"label": _entry(last_known(row), name)},
+                rolling,
             )
     caption = _smoothing(CAPTION[run.mode], rolling)
     _title(ax, "Accuracy on the shared evaluation set", caption)
@@ -199,21 +179,21 @@ def _draw_bundle(ax: Axes, x: Array, rows: Array, rolling: int) -> None:
     faint = {"color": GREY, "linewidth": 0.7, "alpha": 0.3, "marker": ".", "markersize": 2}
     for index, row in enumerate(rows):
         label = "_client" if index else f"{len(rows)} clients"
-        _draw(ax, x, _smooth(x, row, rolling)[None], faint | {"label": label}, 1)
+        _draw(ax, x, smoothed(x, row, rolling)[None], faint | {"label": label}, 1)
     some = np.isfinite(rows).any(axis=0)
     median = np.full(len(x), np.nan)
     median[some] = np.nanmedian(rows[:, some], axis=0)
     label = _entry(last_known(median), "median of clients")
-    _draw(ax, x, median[None], _style(1) | {"label": label}, rolling)
+    _draw(ax, x, median[None], line_style(1) | {"label": label}, rolling)
 
 
 def _draw_loss(ax: Axes, run: Run, x: Array, rolling: int) -> None:
     train, evaluation = run.train_loss(), run.evaluation("loss")
     both = np.isfinite(train) & np.isfinite(evaluation)
-    low, high = _smooth(x, train, rolling)[both], _smooth(x, evaluation, rolling)[both]
+    low, high = smoothed(x, train, rolling)[both], smoothed(x, evaluation, rolling)[both]
     ax.fill_between(x[both], low, high, color=GREY, alpha=0.15, linewidth=0)
-    _draw(ax, x, train[None], _style(1) | {"label": "training"}, rolling)
-    _draw(ax, x, evaluation[None], _style(0) | {"label": "evaluation"}, rolling)
+    _draw(ax, x, train[None], line_style(1) | {"label": "training"}, rolling)
+    _draw(ax, x, evaluation[None], line_style(0) | {"label": "evaluation"}, rolling)
     _legend_above(ax)
     caption = f"gap in the last round {run.gap:+.3f}" if math.isfinite(run.gap) else ""
     _title(ax, "Loss", caption, 23)
@@ -247,8 +227,8 @@ def _draw_bytes(ax: Axes, run: Run, x: Array) -> None:
         return _note(ax, "nothing sent")
     wide = {"linewidth": 5, "marker": "", "zorder": 1, "solid_capstyle": "round"}
     wide |= {"linestyle": "-", "label": f"down {down[-1]:,.1f}"}
-    _draw(ax, x, down[None], _style(1) | wide, 1)
-    _draw(ax, x, up[None], _style(0) | {"label": f"up {up[-1]:,.1f}"}, 1)
+    _draw(ax, x, down[None], line_style(1) | wide, 1)
+    _draw(ax, x, up[None], line_style(0) | {"label": f"up {up[-1]:,.1f}"}, 1)
     ax.set_ylim(bottom=0)
     return _legend_above(ax)
 
@@ -260,7 +240,7 @@ def _draw_confusion(ax: Axes, counts: NDArray[np.int64], labels: Sequence[str]) 
     ax.grid(visible=False)
     ax.spines[["left", "bottom"]].set_visible(False)
     ax.invert_yaxis()
-    names = [_short(str(label), 10 if few else 7) for label in labels] or [*map(str, range(size))]
+    names = [short(str(label), 10 if few else 7) for label in labels] or [*map(str, range(size))]
     names = names if size <= MANY else [""] * size
     ax.set_xticks(np.arange(size) + 0.5, names, rotation=0 if few else 90)
     ax.set_yticks(np.arange(size) + 0.5, names, rotation=90 if few else 0, va="center")
@@ -280,14 +260,6 @@ def _note(ax: Axes, text: str) -> None:
     ax.set_yticks([])
     ax.spines["left"].set_visible(False)
     ax.grid(visible=False)
-
-
-def _stack(x: Array, runs: Sequence[Run], read: Callable[[Run], Array]) -> Array:
-    """What `read` gives for each run, one row a run, in the rounds `x`; NaN where it has none."""
-    rows = np.full((len(runs), len(x)), np.nan)
-    for row, run in zip(rows, runs, strict=True):
-        row[np.searchsorted(x, run.series("round"))] = read(run)
-    return rows
 
 
 def _round_axis(ax: Axes, x: Array) -> None:
@@ -316,17 +288,12 @@ def _legend_beside(ax: Axes, title: str) -> None:
 
 def _entry(value: float, name: str) -> str:
     """A legend's line: the value first, so that values stand in a column; long names are folded."""
-    text = f"{percent(value)}  {_short(name, 60)}"
+    text = f"{percent(value)}  {short(name, 60)}"
     return textwrap.fill(text, 31, subsequent_indent=" " * 11)
 
 
 def _smoothing(caption: str, rolling: int) -> str:
     return caption + (f"; rolling mean of {rolling} rounds over raw points" if rolling > 1 else "")
-
-
-def _short(text: str, room: int) -> str:
-    """`text` cut to `room` characters; a dollar sign would start a formula in matplotlib."""
-    return (text if len(text) <= room else text[: room - 1] + "…").replace("$", r"\$")
 
 
 def _count(number: int, noun: str) -> str:

@@ -149,6 +149,20 @@ def rolling_mean(values: Array, window: int) -> Array:
     return np.where(np.isfinite(values), np.array(means, dtype=np.float64), np.nan)
 
 
+def smoothed(x: Array, row: Array, rolling: int) -> Array:
+    """The rolling mean, into which what came before any training (x = 0) is not mixed."""
+    start = int(x[0] == 0)
+    return np.concatenate([row[:start], rolling_mean(row[start:], rolling)])
+
+
+def stacked(x: Array, runs: Sequence[Run], read: Callable[[Run], Array]) -> Array:
+    """What `read` gives for each run, one row a run, in the rounds `x`; NaN where it has none."""
+    rows = np.full((len(runs), len(x)), np.nan)
+    for row, run in zip(rows, runs, strict=True):
+        row[np.searchsorted(x, run.series("round"))] = read(run)
+    return rows
+
+
 def group_runs(runs: Sequence[Run]) -> list[tuple[str, list[Run], int]]:
     """Runs that differ in name and seed only, together; best first, each with label and number."""
     alike: dict[str, list[Run]] = {}

@@ -1,0 +1,591 @@
+"""The report of a sweep: its numbers are those of the runs, its page stands alone."""
+
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from made_sweeps import ROUNDS, line, make_sweep, rising
+from typer.testing import CliRunner
+
+from fedlora.cli import app
+from fedlora.sweep_report.budget import budget_pictures, layer_shares, short_layers
+from fedlora.sweep_report.cases import read_cases
+from fedlora.sweep_report.content import Choices, Picture, Table, Words
+from fedlora.sweep_report.curves import accuracy, area, curve, reached
+from fedlora.sweep_report.findings import (
+    compared,
+    exactness,
+    final,
+    one_setting_apart,
+    speed,
+    target_of,
+)
+from fedlora.sweep_report.markdown import plain_text
+from fedlora.sweep_report.results import exactness_picture, tried_scores
+from fedlora.sweep_report.rounds import accuracy_picture
+from fedlora.sweep_report.sheets import draw_sheet
+from fedlora.sweep_report.write import sweep_report, write_sweep_report
+from fedlora.sweepdir import read_sweep, write_plan
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
+
+ODD = 'a<b> & "c"'
+HEADS = ("method", "what")
+METHODS = {
+    "fra": {"merge.rule": "fra"},
+    "fedavg": {"merge.rule": "fedavg"},
+    'a<b> & "c"': {"merge.rule": "fra", "merge.head": "freeze"},
+}
+FINALS = {  # by seed
+    "fra": (0.80, 0.84, 0.85),
+    "fedavg": (0.79, 0.82, 0.82),
+    'a<b> & "c"': (0.70, 0.72, 0.74),
+}
+ERRORS = {"fra": 0.01, "fedavg": 0.1, 'a<b> & "c"': 1e-9}
+RATES = {"fra": {0.001: 0.7, 0.002: 0.8}, "fedavg": {0.001: 0.6, 0.002: 0.9, 0.004: 0.7}}
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+def known_lines(method, case, seed):
+    return rising(FINALS[method][seed], ERRORS[method])
+
+
+@pytest.fixture
+def known(tmp_path):
+    return make_sweep(tmp_path / "sweep", METHODS, known_lines, tried=RATES)
+
+
+BUDGET = {
+    "wanted": 2.0, "tail": 0.2, "cross": 0.4, "effective_rank": 3.25,
+    "layers": {
+        "m.0.q.x": {"wanted": 1.0, "tail": 0.1}, "m.0.v.x": {"wanted": 2.0, "tail": 0.1},
+        "m.1.q.x": {"wanted": 0.0, "tail": 0.0},
+    },
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Tags balanced, ids once, nothing loaded from elsewhere, cells of tables by row."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.links, self.rows, self.text = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        assert len(found) == len(attributes), (tag, attributes)
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [found[key] for key in ("src", "href", "xlink:href", "data") if key in found]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.rows[-1].append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self.open and self.open[-1] in ("th", "td"):
+            self.rows[-1][-1] += data
+
+    def rows_of(self, method, width):
+        return [row for row in self.rows if row[0] == method and len(row) == width]
+
+
+class Read:
+    """A report's tables and words, nothing drawn."""
+
+    def __init__(self, folder, **choices):
+        self.report = sweep_report(folder, None, Choices(**choices))
+        blocks = [block for section in self.report.sections for block in walk(section)]
+        tables = [block for block in blocks if isinstance(block, Table)]
+        self.rows = [list(row) for table in tables for row in table.rows]
+        self.slugs = [block.slug for block in blocks if isinstance(block, Picture)]
+        self.text = " ".join(self.report.summary)
+        for block in blocks:
+            words = isinstance(block, Words)
+            said = block.lines if words else [getattr(block, "title", ""), block.caption]
+            self.text += " " + " ".join(said)
+        for table in tables:
+            self.text += " ".join(["", table.caption, *table.notes])
+            assert {len(table.head)} == {len(row) for row in table.rows}, table.caption
+
+    def rows_of(self, method, width):
+        return [row for row in self.rows if row[0] == method and len(row) == width]
+
+
+def walk(section):
+    yield from section.blocks
+    for inner in section.sections:
+        yield from walk(inner)
+
+
+def the_case(folder):
+    (case,) = read_cases(read_sweep(folder))
+    return case
+
+
+def test_the_tables_hold_the_figures_of_the_runs(known):
+    """fra: mean 0.83, deviation 0.0264575; 4.302653 of its standard errors are 0.0657245."""
+    page = Read(known)
+    (row,) = page.rows_of("fra", 8)[:1]
+    assert row == [
+        "fra",
+        "3",
+        "83.00 ± 6.57",
+        "2.65",
+        "80.00",
+        "85.00",
+        "78.00 ± 6.57",
+        "0.500 ± 0.000",
+    ]
+
+
+def test_differences_are_paired_by_seed_with_effect_sizes_and_holms_p(known):
+    """fra - fedavg: 1, 2, 3 points: t = 2 sqrt 3, p = 1 - sqrt(12 / 14); the other one: -9, -10, -8
+    with mean -9, deviation 1, t = -9 sqrt 3, p = 1 - sqrt(243 / 245): the smaller, so doubled.
+    """
+    page = Read(known)
+    p, other = 1 - math.sqrt(12 / 14), 1 - math.sqrt(243 / 245)
+    assert p == pytest.approx(0.0742, abs=1e-4)
+    assert [
+        "fra",
+        "3",
+        "+2.00",
+        "-0.48 to +4.48",
+        "3.46",
+        f"{p:.3f}",
+        f"{p:.3f}",
+        "+2.00",
+        "+1.13",
+    ] in page.rows
+    method = 'a<b> & "c"'
+    want = [
+        method,
+        "3",
+        "-9.00",
+        "-11.48 to -6.52",
+        "-15.59",
+        f"{other:.3f}",
+        f"{2 * other:.3f}",
+        "-9.00",
+        "-5.08",
+    ]
+    assert want in page.rows
+    assert "With 3 pairs a test decides nothing: this takes 5 or more." in page.text
+
+
+def test_seeds_that_only_one_method_has_are_not_compared(tmp_path):
+    def lines(method, case, seed):
+        return None if (method, seed) == ("fra", 1) else known_lines(method, case, seed)
+
+    folder = make_sweep(tmp_path / "s", METHODS, lines)
+    (one, _) = compared(the_case(folder), "fedavg")
+    assert (one.arm.method, one.paired.n) == ("fra", 2)
+    assert one.paired.difference.mean == pytest.approx((0.01 + 0.03) / 2)
+    page = Read(folder)
+    text = page.text
+    assert "Not complete: 8 of 9 planned runs are there" in text
+    assert "fra, balanced: 2 of 3 runs are there; missing: seed 1." in text
+    assert page.rows_of("fra", 8)[0][1] == "2"
+
+
+def test_the_baseline_can_be_chosen_and_fedavg_or_the_first_is_the_default(known, tmp_path):
+    assert "Differences to fedavg" in Read(known).text
+    page = Read(known, baseline="fra")
+    assert "Differences to fra" in page.text
+    assert page.rows_of("fedavg", 9)[0][2] == "-2.00"
+    others = {"ffa": {"merge.rule": "ffa"}, "fedsa": {"merge.rule": "fedsa"}}
+    folder = make_sweep(tmp_path / "o", others, lambda method, case, seed: rising(0.8 + seed / 100))
+    assert "Differences to ffa" in Read(folder).text
+
+
+def test_an_unknown_baseline_is_refused_with_the_nearest_name(known):
+    result = CliRunner().invoke(app, ["report", str(known), "--baseline", "fedavgg"])
+    assert isinstance(result.exception, ValueError)
+    assert "no method 'fedavgg'; did you mean 'fedavg'?" in str(result.exception)
+    with pytest.raises(ValueError, match=r"target must be a share above 0, at most 1, got 1\.5"):
+        Read(known, target=1.5)
+
+
+def test_options_of_sweeps_are_refused_for_runs_and_sweeps_are_given_alone(known):
+    run = str(next((known / "runs").iterdir()))
+    for arguments, message in (
+        ([run, "--baseline", "fra"], "belong to the report of a sweep"),
+        ([run, str(known)], "is a sweep: give it alone"),
+    ):
+        result = CliRunner().invoke(app, ["report", *arguments])
+        assert message in str(result.exception)
+
+
+def test_rounds_and_megabytes_to_the_target_count_who_never_got_there(tmp_path):
+    """Finals 0.9, 0.8, 0.5 rise in four even steps from 0.5: 0.7 is reached in round 2, 3, never;
+    a round moves 3 MB.
+    """
+    finals = (0.9, 0.8, 0.5)
+    folder = make_sweep(tmp_path / "s", {"fra": {}}, lambda m, c, seed: rising(finals[seed]))
+    (arm,) = the_case(folder).arms
+    found = [reached(run, 0.7) for run in arm.all]
+    assert [one.round for one in found] == [2, 3, math.inf]
+    assert [one.megabytes for one in found] == [6, 9, math.inf]
+    assert speed(arm, 0.7) == (type(speed(arm, 0.7)))(3, 2, 3.0, 9.0)
+    assert speed(arm, 0.85).rounds == math.inf
+    assert [area(run) for run in arm.all] == pytest.approx([0.7, 0.65, 0.5])
+    assert target_of(the_case(folder), 0.9) == pytest.approx(0.9 * 2.2 / 3)
+    page = Read(folder, target=0.9)  # 66 %: rounds 2 (0.7), 3 (0.725) and never
+    assert ["fra", "2 of 3", "3", "9.0", "61.67 ± 25.86"] in page.rows
+    page = Read(folder, target=1.0)  # 73.3 %: rounds 3 (0.8), 4 (0.8) and never
+    assert page.rows_of("fra", 5)[0][1:4] == ["2 of 3", "4", "12.0"]
+
+
+def test_a_curve_is_the_mean_over_seeds_with_students_band_after_smoothing(known):
+    runs = the_case(known).arm("fedavg").all
+    found = curve(runs, accuracy)
+    means = [0.5 + (0.81 - 0.5) * t / ROUNDS for t in range(ROUNDS + 1)]
+    np.testing.assert_allclose(found.mean, means)
+    spread = np.std([0.79, 0.82, 0.82], ddof=1) / math.sqrt(3) * 4.3026527
+    np.testing.assert_allclose(
+        found.half, [spread * t / ROUNDS for t in range(ROUNDS + 1)], rtol=1e-7
+    )
+    smooth = curve(runs, accuracy, rolling=2)
+    want = [means[0], means[1], *((means[t] + means[t - 1]) / 2 for t in (2, 3, 4))]
+    np.testing.assert_allclose(smooth.mean, want)
+    np.testing.assert_allclose(smooth.raw, means)
+
+
+def test_what_is_drawn_are_these_curves_client_by_client(known):
+    picture = accuracy_picture(the_case(known), 1)
+    assert [panel.title for panel in picture.panels] == list(METHODS)
+    ax = draw_sheet(picture).axes[0]
+    first, second, whole = (ax.lines[place].get_ydata() for place in range(3))
+    np.testing.assert_allclose(whole[-1], 0.83)
+    np.testing.assert_allclose([first[-1], second[-1]], [0.82, 0.81])
+    assert [name for name, _ in picture.legend[1:]] == ["client 0", "client 1"]
+    assert "rolling" not in picture.caption
+    assert "Rolling mean of 3 rounds" in accuracy_picture(the_case(known), 3).caption
+
+
+def test_many_clients_are_their_lowest_median_and_highest(tmp_path):
+    names = [str(place) for place in range(11)]
+    made = [line(t, 0.7, clients=names) for t in range(3)]
+    folder = make_sweep(tmp_path / "s", {"fra": {}}, lambda *_: made)
+    picture = accuracy_picture(the_case(folder), 1)
+    want = ["lowest of 11 clients", "median of 11 clients", "highest of 11 clients"]
+    assert [name for name, _ in picture.legend[1:]] == want
+    lines = draw_sheet(picture).axes[0].lines
+    np.testing.assert_allclose([one.get_ydata()[-1] for one in lines[:3]], [0.59, 0.64, 0.69])
+
+
+def test_a_method_keeps_its_look_and_references_are_black_and_grey(tmp_path):
+    methods = {
+        "central": {"run.mode": "central"}, "fra": {}, "local": {"run.mode": "local"}, "ffa": {}
+    }  # fmt: skip
+    folder = make_sweep(tmp_path / "s", methods, lambda *_: rising(0.8), cases=("a", "b"))
+    cases = read_cases(read_sweep(folder))
+    for case in cases:
+        assert [(arm.method, arm.index) for arm in case.arms] == [
+            ("central", -1), ("fra", 0), ("local", -1), ("ffa", 1)
+        ]  # fmt: skip
+    assert [arm.mode for arm in cases[0].arms][:2] == ["central", "federated"]
+
+
+def test_overfitting_is_evaluation_minus_training_loss(tmp_path):
+    made = [line(t, 0.7, loss=loss, train=0.3) for t, loss in enumerate([0.7, 0.5, 0.4, 0.6])]
+    folder = make_sweep(tmp_path / "s", {"fra": {}}, lambda *_: made)
+    row = ["fra", "0.300 ± 0.000", "0.600 ± 0.000", "+0.300 ± 0.000", "2", "+0.200 ± 0.000"]
+    assert row in Read(folder).rows
+
+
+def test_cost_counts_both_ways_against_the_full_model_and_the_servers_time(known):
+    """Four rounds of 1 MB up and 2 MB down, of 300 MB; 0.2 s in four rounds."""
+    want = ["fra", "4.00", "8.00", "12.00", "4.00", "50.0 ± 0.0", "1,000", "0.01"]
+    page = Read(known)
+    assert want in page.rows
+    assert page.rows_of(ODD, 8)[1][-1] == "exact"
+
+
+def test_tuning_shows_what_was_tried_and_what_was_chosen(known):
+    arm = the_case(known).arm("fedavg")
+    assert tried_scores(arm.tried, "client.lr") == RATES["fedavg"]
+    page = Read(known)
+    assert ["fra", "client.lr", "0.001, 0.002", "0.002", "yes"] in page.rows
+    assert ["fedavg", "client.lr", "0.001, 0.002, 0.004", "0.002", "no"] in page.rows
+    assert "5 tuning runs, seed 1000" in page.text
+
+
+def test_methods_one_setting_apart_are_an_ablation(known):
+    """The third method is fra with another head; fedavg is another rule and no ablation of fra."""
+    keys = ["merge.rule", "merge.head"]
+    ((base, (change,)),) = one_setting_apart(the_case(known), keys)
+    assert (base.method, change.key, change.before, change.after) == (
+        "fra", "merge.head", "average", "freeze"
+    )  # fmt: skip
+    assert change.versus.paired.difference.mean == pytest.approx(-0.11)
+    page = Read(known)
+    assert ["fra", "baseline", "83.00 ± 6.57", "3", "-", "-", "-", "-"] in page.rows
+    (row,) = [row for row in page.rows if "merge.head: average to freeze" in row]
+    assert row[3:5] == ["3", "-11.00"]
+
+
+def test_three_values_of_a_setting_have_one_base(tmp_path):
+    methods = {head: {"merge.head": head} for head in ("freeze", "average", "local")}
+    methods["carry"] = {"merge.head": "average", "merge.residual": "carry"}
+    folder = make_sweep(tmp_path / "s", methods, lambda m, c, seed: rising(0.8 + seed / 100))
+    ((base, changes),) = one_setting_apart(the_case(folder), ["merge.head", "merge.residual"])
+    assert base.method == "average"
+    assert [change.versus.arm.method for change in changes] == ["freeze", "local", "carry"]
+
+
+def test_merge_error_and_accuracy_are_correlated_within_each_seed(known):
+    """Per seed the errors rank 2, 3, 1 and the accuracies 3, 2, 1; what is exact is a floor."""
+    tie = exactness(the_case(known))
+    assert (tie.runs, tie.methods) == (9, 3)
+    assert tie.rho_methods == pytest.approx(0.5)
+    assert 0.3 < tie.rho < 0.8
+    picture = exactness_picture([the_case(known)])
+    drawn = draw_sheet(picture).axes[0].lines
+    assert (
+        sorted(x for one in drawn for x in one.get_xdata()) == [1e-6] * 3 + [0.01] * 3 + [0.1] * 3
+    )
+    assert "3 methods are too few to say more" in Read(known).text
+
+
+def test_one_seed_has_no_interval_and_no_test(tmp_path):
+    folder = make_sweep(tmp_path / "s", METHODS, known_lines, seeds=(0,))
+    page = Read(folder)
+    assert page.rows_of("fra", 8)[0] == [
+        "fra", "1", "80.00", "-", "80.00", "80.00", "75.00", "0.500"
+    ]  # fmt: skip
+    assert page.rows_of("fra", 9)[0] == ["fra", "1", "+1.00", *["-"] * 6]
+    assert "with 1 seed in common this decides nothing" in page.text
+
+
+def test_five_seeds_can_tell_a_difference_from_noise(tmp_path):
+    noise = (0.0, 0.001, -0.001, 0.002, -0.002)
+
+    def lines(method, case, seed):
+        return rising(0.8 + seed / 50 + (0.03 + noise[seed]) * (method == "fra"))
+
+    folder = make_sweep(tmp_path / "s", {"fra": {}, "fedavg": {}}, lines, seeds=range(5))
+    text = Read(folder).text
+    assert (
+        "Against fedavg: +3.00 points (95 % interval +2.80 to +3.20, p < 0.001 after Holm)" in text
+    )
+    assert "; beyond the noise of the seeds." in text
+    assert "decides nothing" not in text
+
+
+def test_a_case_without_runs_is_named_and_the_others_are_shown(tmp_path):
+    def lines(method, case, seed):
+        return known_lines(method, case, seed) if case == "SST-2 iid" else None
+
+    folder = make_sweep(tmp_path / "s", METHODS, lines, cases=("SST-2 iid", "shares", ""))
+    page = Read(folder)
+    text = page.text
+    assert "SST-2 iid: highest mean accuracy of 3 federated methods: fra" in text
+    assert "Shares: no run with a final score is there." in text
+    assert "fra, shares: 0 of 3 runs are there; missing: seed 0, 1, 2." in text
+    assert "sst-2-iid-final" in page.slugs
+
+
+def test_a_baseline_without_runs_leaves_differences_out(tmp_path):
+    def lines(method, case, seed):
+        return None if method == "fedavg" else known_lines(method, case, seed)
+
+    text = Read(make_sweep(tmp_path / "s", METHODS, lines)).text
+    assert "No run of the baseline fedavg is there" in text
+
+
+def test_a_sweep_without_a_finished_run_is_refused(tmp_path):
+    folder = make_sweep(tmp_path / "s", METHODS, lambda *_: None)
+    with pytest.raises(ValueError, match=r"no run of the sweep .* has ended yet"):
+        Read(folder)
+    write_plan(folder, "none", [])
+    with pytest.raises(ValueError, match="has ended yet: run it first"):
+        Read(folder)
+
+
+def test_a_score_of_an_earlier_round_is_never_taken_for_the_final_one(tmp_path):
+    """Clients alone that were not evaluated: the start's score is not theirs."""
+
+    def lines(method, case, seed):
+        if method == "fra":
+            return rising(0.8)
+        return [line(0, 0.6), line(1, None), line(2, None)]
+
+    folder = make_sweep(tmp_path / "s", {"fra": {}, "alone": {"run.mode": "local"}}, lines)
+    arm = the_case(folder).arm("alone")
+    assert arm.finals() == {}
+    assert math.isnan(final(arm).mean)
+    page = Read(folder)
+    assert page.rows_of("alone", 8)[0][1:3] == ["0", "-"]
+    assert page.rows_of("alone", 5)[0][1:4] == ["-", "-", "-"]
+
+
+def test_an_untrained_start_above_the_target_has_reached_nothing(tmp_path):
+    made = [line(t, score) for t, score in enumerate((0.9, 0.6, 0.7, 0.8))]
+    folder = make_sweep(tmp_path / "s", {"fra": {}}, lambda *_: made, seeds=(0, 1))
+    assert speed(the_case(folder).arm("fra"), 0.7).rounds == 2
+
+
+def test_what_was_not_evaluated_by_round_is_named_and_not_drawn(tmp_path):
+    def lines(method, case, seed):
+        return rising(0.8) if method == "fra" else [line(0, 0.6), line(1, None), line(2, 0.7)]
+
+    folder = make_sweep(tmp_path / "s", {"fra": {}, "late": {}}, lines)
+    assert "Not evaluated by round" not in Read(folder).text
+
+    def never(method, case, seed):
+        return rising(0.8) if method == "fra" else [line(0, 0.6), line(1, None)]
+
+    folder = make_sweep(tmp_path / "n", {"fra": {}, "never": {}}, never)
+    assert "Not evaluated by round: never." in Read(folder).text
+    assert [panel.title for panel in accuracy_picture(the_case(folder), 1).panels] == ["fra"]
+    folder = make_sweep(tmp_path / "o", {"never": {}}, never)
+    page = Read(folder)
+    assert "balanced-accuracy" not in page.slugs
+    assert "No accuracy by round is there" in page.text
+
+
+def test_rounds_measured_on_fewer_rows_are_said_to_be(tmp_path):
+    made = [line(t, 0.7, rows=200 if t == 3 else 30) for t in range(4)]
+    text = Read(make_sweep(tmp_path / "s", {"fra": {}}, lambda *_: made)).text
+    assert "measured on 30 of the 200 evaluation rows" in text
+
+
+def test_a_budget_is_drawn_and_tabled_where_there_is_one(tmp_path, known):
+    made = [line(t, 0.7, budget=BUDGET) for t in range(3)]
+    folder = make_sweep(
+        tmp_path / "b", {"fra": {}, "ffa": {}}, lambda m, c, s: made if m == "fra" else rising(0.8)
+    )
+    case = the_case(folder)
+    assert ["fra", "2", "0.2", "0.4", "3.25"] in Read(folder).rows
+    x, shares = layer_shares(case.arm("fra").all, list(BUDGET["layers"]), "tail")
+    assert x.tolist() == [1, 2]
+    np.testing.assert_allclose(shares, [[0.1, 0.1], [0.05, 0.05], [np.nan, np.nan]])
+    heat, stacked = budget_pictures(case)
+    assert [panel.title for panel in heat.panels] == ["fra"]
+    image = draw_sheet(heat).axes[0].images[0]
+    np.testing.assert_allclose(image.get_array().filled(np.nan), shares)
+    areas = draw_sheet(stacked).axes[0].collections  # (0.4 / 2)^2, and (0.2 / 2)^2 on top of it
+    tops = [one.get_paths()[0].vertices[:, 1].max() for one in areas]
+    np.testing.assert_allclose(tops, [0.04, 0.05])
+    assert "Error budget" not in Read(known).text
+    assert budget_pictures(the_case(known)) == []
+
+
+@pytest.mark.parametrize(
+    "budget", [3, {"layers": 3}, {"layers": {"a": 3}}, {"wanted": "x", "tail": None}, {"tail": 1.0}]
+)
+def test_a_budget_of_another_form_does_no_harm(tmp_path, budget):
+    made = [line(0, 0.5), line(1, 0.6) | {"budget": budget}]
+    folder = make_sweep(tmp_path / "s", {"fra": {}}, lambda *_: made)
+    assert "fra" in Read(folder).text
+    assert budget_pictures(the_case(folder)) == []
+
+
+def test_layer_names_keep_what_tells_them_apart():
+    assert short_layers(["m.0.q.x", "m.0.v.x", "m.1.q.x"]) == ["0 q", "0 v", "1 q"]
+    assert short_layers(["m.0.q.x", "m.head.x"]) == ["0.q", "head"]
+    assert short_layers(["m.0.q"]) == ["q"]
+    assert short_layers(["a", "a.b"]) == ["a", "b"]
+
+
+# ---------------------------------------------------------------- the page and the files
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A sweep with everything in it, and what the command wrote and said."""
+
+    def lines(method, case, seed):
+        made = known_lines(method, case, seed)
+        return [one | {"budget": BUDGET} for one in made] if method == "fra" else made
+
+    folder = make_sweep(tmp_path_factory.mktemp("w") / "made", METHODS, lines, tried=RATES)
+    result = CliRunner().invoke(app, ["report", str(folder), "--rolling", "2", "--target", "0.9"])
+    assert result.exit_code == 0, result.exception
+    return folder / "report", result.output
+
+
+def test_the_page_is_well_formed_and_loads_nothing(written):
+    text = (written[0] / "index.html").read_text()
+    page = Page(text)
+    assert len(page.ids) == len(set(page.ids))
+    assert {"balanced-accuracy", "balanced-tail", "balanced-budget", "exactness"} <= set(page.ids)
+    own = ("#", "data:image/png;base64,")
+    assert page.links
+    assert [link for link in page.links if not link.startswith(own)] == []
+    assert not re.search(r"url\((?!#)|@import|<script|<link", text)
+    used = re.findall(r"url\(#([^)]*)\)", text) + [a[1:] for a in page.links if a[0] == "#"]
+    assert set(used) <= set(page.ids)
+
+
+def test_figures_on_the_page_follow_its_colours_and_have_names(written):
+    text = (written[0] / "index.html").read_text()
+    panels = re.findall(r'<svg viewBox="[^"]*" role="img" aria-label="([^"]*)"><title>', text)
+    assert "Accuracy by round, balanced: fra" in panels
+    assert len(panels) > 12
+    drawn = text[text.index("</style>") :]
+    for colour in ("#1a1a1a", "#666666", "#dddddd", "#ffffff", "#000000"):
+        assert colour not in drawn
+    assert "currentColor" in drawn
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_names_from_files_are_escaped_everywhere(written):
+    raw = (written[0] / "index.html").read_text()
+    assert ODD in [row[0] for row in Page(raw).rows]
+    assert "a<b>" not in raw
+    assert "a<b>" not in (written[0] / "report.md").read_text()
+    assert plain_text("a|b *c* [d](e)\n_f_ snake_case <g>") == (
+        "a\\|b \\*c\\* \\[d\\](e) \\_f\\_ snake_case &lt;g&gt;"
+    )
+
+
+def test_the_page_has_the_tables_of_the_report_and_so_has_the_markdown(written):
+    rows = Read(written[0].parent, rolling=2, target=0.9).rows
+    page = Page((written[0] / "index.html").read_text())
+    assert [row for row in page.rows if row[0] not in HEADS] == rows
+    text = (written[0] / "report.md").read_text()
+    assert "| fra | 3 | 83.00 ± 6.57 |" in text
+    for link in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text):
+        assert (written[0] / link).is_file()
+
+
+def test_the_command_names_what_it_wrote_and_how_to_make_it_again(written):
+    folder, said = written
+    text = (folder / "index.html").read_text()
+    assert "fedlora report made --rolling 2 --target 0.9" in text
+    assert str(folder.parent.parent) not in text
+    assert "index.html" in said
+    figures = [path.name for path in (folder / "figures").iterdir()]
+    assert f"{len(figures)} files" in said
+    assert {"exactness.svg", "balanced-accuracy.png", "balanced-tail.svg"} <= set(figures)
+
+
+def test_the_same_sweep_gives_the_same_bytes(tmp_path):
+    folder = make_sweep(tmp_path / "s", {"fra": {}}, lambda *_: rising(0.8), seeds=(0, 1))
+    first = {path: path.read_bytes() for path in write_sweep_report(folder)}
+    assert {path: path.read_bytes() for path in write_sweep_report(folder)} == first
+
+
+def test_a_report_needs_no_torch():
+    code = "import sys, fedlora.sweep_report.write; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
