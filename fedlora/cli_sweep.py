@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,6 +109,7 @@ def _steps(trial: Trial) -> int:
 
 def _show(console: Console, sweep: Sweep, folder: Path, outcomes: Sequence[Outcome]) -> None:
     """Mean final accuracy of each method and case, and where the runs are."""
+    from fedlora.rundir import number
     from fedlora.sweepdir import RESULTS, read_sweep
 
     found = read_sweep(folder)
@@ -116,7 +118,8 @@ def _show(console: Console, sweep: Sweep, folder: Path, outcomes: Sequence[Outco
         runs = found.counted(method.name, case.name)
         point = found.chosen(method.name, case.name)
         chosen = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in point.items())
-        scores = [run.final("accuracy") for run in runs]
+        found_scores = [number(run.summary, ("final", "accuracy")) for run in runs]
+        scores = [score for score in found_scores if math.isfinite(score)]
         mean = f"{sum(scores) / len(scores):.2%}" if scores else "-"
         table.add_row(method.name, case.name, chosen, mean, f"{len(runs)}/{len(sweep.seeds)}")
     console.print(table)
