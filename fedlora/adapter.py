@@ -212,6 +212,13 @@ def sketched_frobenius(
     return 0.0 if total is None else float(total.norm()) / math.sqrt(vectors)
 
 
+def scaled_columns(factors: Sequence[Factors], rows: slice) -> Float[Tensor, "k h r"]:
+    """Some rows of s_k B_k of factors of one shape, one behind another, in float64."""
+    B = torch.stack([part.B[rows] for part in factors]).double()
+    scalings = torch.tensor([part.scaling for part in factors], dtype=B.dtype, device=B.device)
+    return B.mul_(scalings[:, None, None])
+
+
 def rescaled(factors: Factors, scaling: float) -> Factors:
     """The same increment written with another scaling (B takes the ratio)."""
     return Factors(factors.A, factors.B * (factors.scaling / scaling), scaling)

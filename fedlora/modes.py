@@ -7,7 +7,7 @@ alone. Nothing is merged there, so the optimiser is kept, and no bytes move.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 
 import numpy as np
@@ -31,7 +31,7 @@ class Step:
     """A finished round in any mode; `adapters` holds the global one, or one per client by name.
 
     `loops` is where each loop stands after it: a federation is one loop, called as the global
-    adapter; a reference is one per client.
+    adapter; a reference is one per client. `budget` is the error budget of its merge by layer.
     """
 
     round: int
@@ -43,6 +43,7 @@ class Step:
     seconds_aggregate: float
     loops: Mapping[str, Progress]
     failures: Sequence[Failure] = ()
+    budget: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def for_mode(config: Config, data: Data) -> tuple[Config, Data]:
@@ -197,4 +198,5 @@ def _merged(round: Round) -> Step:
         round.seconds_aggregate,
         {GLOBAL: round.progress},
         round.failures,
+        round.state.budget,
     )

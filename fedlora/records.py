@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from fedlora.budget import totals
 from fedlora.evaluate import Scores
 from fedlora.modes import Step
 
@@ -39,7 +40,8 @@ def round_record(
     """The line of one round; `shared` scores the global adapter, `heldout` it on clients' rows.
 
     Losses are in nats, bytes are those of the arrays, seconds are wall-clock: `compute` is forward,
-    backward and optimiser steps, `total` the whole round with evaluation.
+    backward and optimiser steps, `total` the whole round with evaluation. `budget` as in
+    `budget_record`.
     """
     results = step.results if step else []
     metrics = [result.metrics for result in results]
@@ -62,6 +64,7 @@ def round_record(
         "clients": clients,
         "merge_error": step.merge.get("merge_error") if step else None,
         "merge": dict(step.merge) if step else {},
+        "budget": budget_record(step.budget) if step else {},
         "failures": [asdict(failure) for failure in step.failures] if step else [],
         "bytes_up": step.bytes_up if step else 0,
         "bytes_down": step.bytes_down if step else 0,
@@ -75,6 +78,17 @@ def round_record(
         if metrics
         else None,
     }
+
+
+def budget_record(layers: Mapping[str, Mapping[str, float]]) -> Record:
+    """The error budget of a round: over all layers, and under `layers` of each by name.
+
+    Norms are absolute, over all layers the root of the summed squares; `wanted` is what they are
+    compared with. Ranks and angles (degrees) are means over the layers. Empty where nothing was
+    merged.
+    """
+    each = {name: dict(figures) for name, figures in layers.items()}
+    return {**totals(each), "layers": each} if each else {}
 
 
 def summary_record(

@@ -171,4 +171,4 @@ def _failed(
             f"reply, {wanted} are wanted, for the {int(count)}. round in a row; stopped, the last "
             f"merged adapter is kept ({reasons})"
         )
-    return replace(state, memory={**state.memory, FAILED: count})
+    return replace(state, memory={**state.memory, FAILED: count}, budget={})

@@ -29,6 +29,7 @@ from fedlora.adapter import (
     sketched_frobenius,
     stacked,
 )
+from fedlora.budget import round_budget, totals
 from fedlora.lowrank import compress
 from fedlora.policy import (
     PLAIN,
@@ -46,6 +47,7 @@ from fedlora.seeding import numpy_generator
 
 EXACT = 8e9  # multiplications up to which the norm of a layer is exact
 HELD = 2**25  # bytes of one layer of all clients up to which they are converted at once
+NORMS = {"drop": (), "fold": ("folded", "cut"), "carry": ("carried",)}  # of what is not dropped
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +55,14 @@ class ServerState:
     """The server between two rounds: the global adapter and what the rule may look back at.
 
     `memory` holds the figures of the last merge (see `aggregate`); a rule's `plan` reads it.
-    `carried` is what the policy `carry` still owes, layer by layer.
+    `carried` is what the policy `carry` still owes, layer by layer; `budget` the norms and angles
+    of the last round's merge (see `fedlora.budget`), empty where nothing was merged.
     """
 
     adapter: Adapter
     memory: Mapping[str, float] = field(default_factory=dict)
     carried: Mapping[str, Factors] = field(default_factory=dict)
+    budget: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def plan_round(rule: Rule, head: Head, state: ServerState, round: int) -> Plan:
@@ -172,7 +176,10 @@ def aggregate(
         {name: layer.frozen for name, layer in done.items() if layer.frozen and layer.frozen.rank},
     )
     carried = {name: layer.carried for name, layer in done.items() if layer.carried}
-    return ServerState(adapter, {**state.memory, **_figures(fate, done)}, carried)
+    got, weights = [result.adapter for result in ordered], [term.coefficient for term in parts]
+    moved = round_budget(state.adapter, sent, got, weights[: len(got)], adapter)
+    budget = {name: {**layer.norms, **moved[name]} for name, layer in done.items()}
+    return ServerState(adapter, {**state.memory, **_figures(fate, done)}, carried, budget)
 
 
 def rehearse(rule: Rule, start: Adapter) -> None:
@@ -197,15 +204,16 @@ class _Merging:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """One merged layer, float32, and the norms (float64) that its figures are made of."""
+    """One merged layer, float32, and the norms (float64) that its figures are made of.
+
+    `wanted` of the merge's target, `tail` of what the model lacks of it; `folded`, and `cut` by the
+    cap; `carried`, what is owed.
+    """
 
     factors: Factors
     frozen: Factors | None
     carried: Factors | None
-    lost: float
-    wanted: float
-    cut: float
-    owed: float
+    norms: Mapping[str, float]
 
 
 def _merged_layer(
@@ -228,23 +236,17 @@ def _merged_layer(
     )
     result = converted(merged, torch.float32, "cpu")
     lost = [(-1.0, precise(result))]
-    cut = owed = 0.0
+    norms = dict.fromkeys(NORMS[merging.fate], 0.0)
     if merging.fate == "fold" and residual is not None:
         pressed = _folded(frozen, residual, merging.fold_rank)
-        frozen, cut = pressed.factors, frobenius(pressed.residual)
+        frozen, norms["cut"] = pressed.factors, frobenius(pressed.residual)
+        norms["folded"] = frobenius(residual)
         lost += [(-1.0, residual), (1.0, pressed.residual)]
     if merging.fate == "carry" and residual is not None:
         carried = compress(residual, merging.fold_rank or None).factors
-        owed = frobenius(carried)
-    return _Layer(
-        result,
-        _at_rest(frozen),
-        _at_rest(carried),
-        _size(factors, weights, lost),
-        _size(factors, weights),
-        cut,
-        owed,
-    )
+        norms["carried"] = frobenius(carried)
+    norms |= {"wanted": _size(factors, weights), "tail": _size(factors, weights, lost)}
+    return _Layer(result, _at_rest(frozen), _at_rest(carried), norms)
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,14 +290,15 @@ def _folded(frozen: Factors | None, residual: Factors, cap: int) -> Merged:
 
 def _figures(fate: Residual, layers: Mapping[str, _Layer]) -> dict[str, float]:
     """The memory of a merge, relative to the norm of what was wanted over all layers."""
-    norm = math.hypot(*(layer.wanted for layer in layers.values())) or math.inf
-    figures = {"merge_error": math.hypot(*(layer.lost for layer in layers.values())) / norm}
+    norms = totals({name: layer.norms for name, layer in layers.items()})
+    wanted = norms.get("wanted") or math.inf
+    figures = {"merge_error": norms.get("tail", 0.0) / wanted}
     if fate == "fold":
         ranks = (layer.frozen.rank for layer in layers.values() if layer.frozen)
-        figures["fold_tail"] = math.hypot(*(layer.cut for layer in layers.values())) / norm
+        figures["fold_tail"] = norms.get("cut", 0.0) / wanted
         figures["frozen_rank"] = float(max(ranks, default=0))
     if fate == "carry":
-        figures["carried"] = math.hypot(*(layer.owed for layer in layers.values())) / norm
+        figures["carried"] = norms.get("carried", 0.0) / wanted
     return figures
 
 

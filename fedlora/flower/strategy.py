@@ -130,6 +130,7 @@ class FedloraStrategy(Strategy):
                 perf_counter() - began,
                 {GLOBAL: self.progress},
                 closed.failures,
+                closed.state.budget,
             )
         )
         error = closed.state.memory.get("merge_error", 0.0)
