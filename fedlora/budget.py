@@ -20,6 +20,7 @@ from fedlora.routes import Triplets, qr_svd
 COLUMNS = 64  # of the sketch of what lies outside the old rows; exact for layers up to so wide
 LIVE = 1e-6  # of the longest: a direction below it is rounding of float32, part of no space
 BLOCK, STRIP = 2048, 128  # rows of all B together at a time, and of each at least: what caches hold
+ALONE = 1e-9  # a client whose weight is so near to one has no others beside it
 MEANS = frozenset({"effective_rank", "row_angle", "column_angle"})  # the others are norms
 
 
@@ -105,6 +106,27 @@ def totals(layers: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         name: math.fsum(values) / len(values) if name in MEANS else math.hypot(*values)
         for name, values in figures.items()
     }
+
+
+def settled(
+    layers: Mapping[str, Mapping[str, float]], weights: Sequence[float], before: float
+) -> float:
+    """Rounds in a row in which new directions were mostly the clients' own noise; `before` up to
+    the last.
+
+    Where N_k = N + e_k with independent noise of one size, sum w_k ||N_k - mean||^2 is on average
+    its square times 1 - q, q = sum w_k^2, and the mean's own noise is q times that square. Signal
+    is no more than noise while ||mean||^2 is at most twice the noise: always where A stood still.
+    One client alone, and clients that changed nothing, tell nothing: the count stays.
+    """
+    figures, total = totals(layers), math.fsum(weights)
+    if not figures.get("update"):
+        return before
+    q = math.fsum((weight / total) ** 2 for weight in weights)
+    if q > 1 - ALONE:
+        return before
+    noise = figures["new_drift"] ** 2 * q / (1 - q)
+    return before + 1 if figures["new"] ** 2 <= 2 * noise else 0.0
 
 
 # ---------------------------------------------------------------- moments of the clients' changes

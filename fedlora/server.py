@@ -29,7 +29,7 @@ from fedlora.adapter import (
     sketched_frobenius,
     stacked,
 )
-from fedlora.budget import round_budget, totals
+from fedlora.budget import round_budget, settled, totals
 from fedlora.lowrank import compress
 from fedlora.policy import (
     PLAIN,
@@ -42,7 +42,7 @@ from fedlora.policy import (
     terms,
     with_residual,
 )
-from fedlora.rules import Plan, Residual, Rule
+from fedlora.rules import SETTLED, Plan, Residual, Rule
 from fedlora.seeding import numpy_generator
 
 EXACT = 8e9  # multiplications up to which the norm of a layer is exact
@@ -151,21 +151,18 @@ def aggregate(
     `merge_error`, what the model lacks of the merge's target (the weighted mean of the increments,
     with the weights that the rule used, and what was carried); `fold_tail`, the part of it that
     `fold_rank` cut; `carried`, what the next round still owes; and `frozen_rank`, the largest rank
-    of the folded increments. float32 at rest puts the floor of the errors near 1e-7; where a norm
-    would cost more than the merge (1,600 rank rows of a 4096 x 4096 layer) it is sketched, within a
-    few percent. Where one layer of all clients is large (32 MB) a rule gets them lazily, so that
-    one which reads them one after another (means of factors) needs the memory of one.
+    of the folded increments. `settled` counts rounds as `budget.settled`, from the second merge
+    on. float32 at rest puts the floor of the errors near 1e-7; where a norm would cost more than
+    the merge (1,600 rank rows of a 4096 x 4096 layer) it is sketched, within a few percent. Where
+    one layer of all clients is large (32 MB) a rule gets them lazily, so that one which reads them
+    one after another (means of factors) needs the memory of one.
     """
-    if not results:
-        raise ValueError(f"round {round} has no results to merge: keep the last adapter instead")
-    ordered = sorted(results, key=lambda result: result.client)
-    names = [result.client for result in ordered]
-    if len(set(names)) != len(names):
-        raise ValueError(f"round {round} holds two results of one client: {', '.join(names)}")
+    ordered = _ordered(results, round)
     fate = residual_policy(rule, policy.residual)
     merging = _Merging(with_residual(rule, fate), fate, policy.fold_rank, round)
-    made = {r: cut_for(state.adapter, r) for r in {policy.receivers.get(name) for name in names}}
-    sent = [made[policy.receivers.get(name)] for name in names]
+    receivers = [policy.receivers.get(result.client) for result in ordered]
+    made = {receiver: cut_for(state.adapter, receiver) for receiver in set(receivers)}
+    sent = [made[receiver] for receiver in receivers]
     parts = terms(rule, sent, ordered, policy)
     done = {
         name: _merged_layer(merging, state, parts, name) for name in sorted(state.adapter.layers)
@@ -176,10 +173,22 @@ def aggregate(
         {name: layer.frozen for name, layer in done.items() if layer.frozen and layer.frozen.rank},
     )
     carried = {name: layer.carried for name, layer in done.items() if layer.carried}
-    got, weights = [result.adapter for result in ordered], [term.coefficient for term in parts]
-    moved = round_budget(state.adapter, sent, got, weights[: len(got)], adapter)
+    got, weights = [r.adapter for r in ordered], [p.coefficient for p in parts[: len(ordered)]]
+    moved = round_budget(state.adapter, sent, got, weights, adapter)
     budget = {name: {**layer.norms, **moved[name]} for name, layer in done.items()}
-    return ServerState(adapter, {**state.memory, **_figures(fate, done)}, carried, budget)
+    figures = _figures(fate, done) | {SETTLED: _settled(state, budget, weights)}
+    return ServerState(adapter, {**state.memory, **figures}, carried, budget)
+
+
+def _ordered(results: Sequence[ClientResult], round: int) -> list[ClientResult]:
+    """The results by client; ValueError where there is none, or two of one client."""
+    if not results:
+        raise ValueError(f"round {round} has no results to merge: keep the last adapter instead")
+    ordered = sorted(results, key=lambda result: result.client)
+    names = [result.client for result in ordered]
+    if len(set(names)) != len(names):
+        raise ValueError(f"round {round} holds two results of one client: {', '.join(names)}")
+    return ordered
 
 
 def rehearse(rule: Rule, start: Adapter) -> None:
@@ -300,6 +309,14 @@ def _figures(fate: Residual, layers: Mapping[str, _Layer]) -> dict[str, float]:
     if fate == "carry":
         figures["carried"] = norms.get("carried", 0.0) / wanted
     return figures
+
+
+def _settled(
+    state: ServerState, budget: Mapping[str, Mapping[str, float]], weights: Sequence[float]
+) -> float:
+    """`budget.settled` from the second merge on: before the first, B is zero."""
+    first = "merge_error" not in state.memory
+    return 0.0 if first else settled(budget, weights, state.memory.get(SETTLED, 0.0))
 
 
 def _size(

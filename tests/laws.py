@@ -44,13 +44,19 @@ class Case:
 def variants(name: str) -> list[Rule]:
     """The rule with each combination of the options that are choices."""
     bare = get_rule(name)
-    choices = {
-        option: get_args(kind)
-        for option, kind in option_types(bare).items()
-        if get_origin(kind) is Literal
-    }
+    choices = {option: _choices(kind) for option, kind in option_types(bare).items()}
+    choices = {option: values for option, values in choices.items() if values}
     combinations = itertools.product(*choices.values())
     return [get_rule(name, **dict(zip(choices, values, strict=True))) for values in combinations]
+
+
+def _choices(kind: object) -> tuple[object, ...]:
+    """The values of a choice; of `a number or 'auto'`, both, the number in the middle of rounds."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    words = [word for part in get_args(kind) if get_origin(part) is Literal
+             for word in get_args(part)]  # fmt: skip
+    return (*words, 2) if words and int in get_args(kind) else tuple(words)
 
 
 def claims(rule: Rule, law: str) -> bool:

@@ -68,6 +68,8 @@ def test_both_engines_give_the_same_bytes(place: Place, rule: str, participation
         {"client__optimiser": "keep", "merge__participation": 0.6, "run__rounds": 4},
         {"merge__residual": "fold", "merge__fold_rank": 2},
         {"merge__residual": "carry"},
+        {"merge__rule": "hybrid", "merge__options": {"switch": 1}, "run__rounds": 3},
+        {"merge__rule": "hybrid", "merge__options": {"patience": 1}, "run__rounds": 4},
         {"merge__head": "freeze"},
         {"merge__server_lr": 0.5, "merge__robust": "norm_clipping"},
         {"client__prox": 0.1, "model__dropout": 0.2},

@@ -87,12 +87,21 @@ def test_the_bytes_of_a_run_are_those_of_the_rules_formulas(place: Place, rule: 
         f = log[record["round"] - 1]["merge"].get("frozen_rank", 0)
         numbers = {"m": 32, "n": 32, "r": 3, "r_k": 3, "f": f}
         for way, formula in zip(("bytes_up", "bytes_down"), traffic(get_rule(rule)), strict=True):
-            turns = formula.removesuffix(" in turn").split(", ")
+            phases = formula.split(", then ")  # no rule changes its ways by itself in three rounds
+            turns = phases[0].removesuffix(" in turn").split(", ")
             text = turns[(record["round"] - 1) % len(turns)]
             want = eval(re.sub(r"(?<=\w) (?=[\w(])", " * ", text), {}, numbers)
             folded = "f (" in text
             got = record[way] / 4 / 3 - head
             assert got == 4 * want if not folded else got <= 4 * want
+
+
+def test_after_the_switch_of_a_run_clients_send_b_alone(place: Place) -> None:
+    log = records(place.run(merge__rule="hybrid", merge__options={"switch": 1}, run__rounds=3))
+    A = B = 4 * 3 * 32
+    assert [r["bytes_up"] / 4 / 3 - 66 for r in log[1:]] == [A + B, B, B]
+    assert [r["budget"]["new"] == 0 for r in log[1:]] == [False, True, True]
+    assert log[3]["budget"]["row_angle"] == pytest.approx(0.0, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
@@ -24,9 +25,12 @@ from fedlora.hints import near
 Claim: TypeAlias = Literal[True] | str  # a law that holds, or the sentence why it does not
 Option: TypeAlias = str | int | float | bool | None
 Merge: TypeAlias = Callable[..., Factors | Merged]
-Planner: TypeAlias = Callable[[int, Mapping[str, float]], "Plan"]
+Planner: TypeAlias = Callable[..., "Plan"]  # (round, memory), and options of the rule by keyword
 Reweigh: TypeAlias = Callable[[Sequence[Adapter], Sequence[ClientResult], Tensor], Tensor]
 Residual: TypeAlias = Literal["drop", "fold", "carry"]
+
+SETTLED = "settled"  # in the server's memory, for planners (see `aggregate`)
+END = 10**9  # a round by which any rule that changes its ways has done so
 
 LAWS: Mapping[str, str] = {
     "exact": "adapter + residual is the weighted mean of the increments",
@@ -114,7 +118,8 @@ def rule(
 
     Each law of `LAWS` is claimed with True or declined with the sentence why. `trains` is what
     clients train and share in every round and `receives` what they are sent; `plan(round, memory)`
-    replaces both where rounds differ. `reweigh(sent, results, weights)` may replace the weights,
+    replaces both where rounds differ; keyword-only arguments of it that are named like options of
+    the rule get their values. `reweigh(sent, results, weights)` may replace the weights,
     seeing all layers and what each client was sent. `residual` lists what may become of the
     residual that a rule leaves, its paper's way first; a function that takes `round` is told the
     round.
@@ -134,7 +139,10 @@ def rule(
             raise ValueError(
                 f"rule {name!r} is there already, from {_RULES[name].merge.__module__}"
             )
-        _RULES[name] = Rule(name, merge, plan or same_plan, laws, reweigh, tuple(residual))
+        found = Rule(name, merge, plan or same_plan, laws, reweigh, tuple(residual))
+        if unknown := [key for key in _keywords(found.plan) if key not in _keywords(merge)]:
+            raise TypeError(f"the plan of rule {name!r} wants {unknown[0]!r}, which is no option")
+        _RULES[name] = found
         return merge
 
     return register
@@ -175,21 +183,18 @@ def get_rule(name: str, **options: Option) -> Rule:
             raise ValueError(
                 f"option {key!r} of rule {name!r} is {value!r}, expected {described(known[key])}"
             )
-    return replace(found, options=dict(sorted(options.items())))
+    return _planned(replace(found, options=dict(sorted(options.items()))))
 
 
 def option_types(rule: Rule) -> dict[str, Any]:
     """The names and annotations of a rule's options: the keyword-only arguments of its function."""
     hints = get_type_hints(rule.merge)
-    parameters = inspect.signature(rule.merge).parameters.values()
-    return {
-        p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "round"
-    }
+    return {name: hints[name] for name in _keywords(rule.merge) if name != "round"}
 
 
 def trained(rule: Rule) -> str:
-    """What clients train, as a user reads it: `A and B`, `B`, `B, A in turn`."""
-    return _in_turn([" and ".join(sorted(plan.trains - {"head"})) for plan in _plans(rule)])
+    """What clients train, as a user reads it: `A and B`, `B, A in turn`, `A and B, then B`."""
+    return _in_phases(rule, lambda plan: " and ".join(sorted(plan.trains - {"head"})))
 
 
 def traffic(rule: Rule) -> tuple[str, str]:
@@ -199,13 +204,18 @@ def traffic(rule: Rule) -> tuple[str, str]:
     """
     r = "r_k" if rule.laws["mixed_ranks"] is True else "r"
     sizes = {"A": f"{r} n", "B": f"{r} m", "AB": f"{r} (m + n)"}
-    up = _in_turn([sizes["".join(sorted(plan.shares - {"head"}))] for plan in _plans(rule)])
-    down = _in_turn([sizes["".join(sorted(plan.receives - {"head"}))] for plan in _plans(rule)])
+    up = _in_phases(rule, lambda plan: sizes["".join(sorted(plan.shares - {"head"}))])
+    down = _in_phases(rule, lambda plan: sizes["".join(sorted(plan.receives - {"head"}))])
     return up, down + (" + f (m + n)" if rule.residual[:1] == ("fold",) else "")
 
 
-def _plans(rule: Rule) -> list[Plan]:
-    return [rule.plan(round, {}) for round in (1, 2)]
+def _in_phases(rule: Rule, read: Callable[[Plan], str]) -> str:
+    """The plans of the first two rounds, read; then those of the end, where they are others."""
+    first = [read(rule.plan(round, {})) for round in (1, 2)]
+    last = [read(rule.plan(END + round, {SETTLED: math.inf})) for round in (1, 2)]
+    while first != last and first[-1:] * 2 == last:  # the switch is within the first two
+        del first[-1]
+    return ", then ".join(dict.fromkeys(_in_turn(texts) for texts in (first, last)))
 
 
 def _in_turn(texts: Sequence[str]) -> str:
@@ -221,7 +231,8 @@ def defaults(rule: Rule) -> dict[str, Option]:
 def described(annotation: Any) -> str:
     """An annotation as a user reads it: `one of 'a', 'b'`, `int or None`."""
     if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(repr(value) for value in get_args(annotation))
+        values = [repr(value) for value in get_args(annotation)]
+        return "one of " * (len(values) > 1) + ", ".join(values)
     if get_args(annotation):
         return " or ".join(described(part) for part in get_args(annotation))
     return "None" if annotation is type(None) else str(annotation.__name__)
@@ -242,6 +253,20 @@ def checked_weights(weights: Sequence[float] | Tensor, clients: int) -> Tensor:
             f"the weights sum to {math.fsum(given):.9g}, not to 1: divide by their sum"
         )
     return torch.tensor(given, dtype=torch.float64)
+
+
+def _keywords(function: Callable[..., Any]) -> list[str]:
+    """The names of a function's keyword-only arguments."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+def _planned(rule: Rule) -> Rule:
+    """The rule with a plan that knows the options it asks for."""
+    wanted, values = _keywords(rule.plan), defaults(rule)
+    if not wanted:
+        return rule
+    return replace(rule, plan=partial(rule.plan, **{key: values[key] for key in wanted}))
 
 
 def _fits(value: Option, annotation: Any) -> bool:
