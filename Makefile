@@ -21,6 +21,7 @@ mutants: $(VENV)/dev  ## break the code on purpose, one bug at a time, and see e
 	$(BIN)/python tests/mutants_merge.py
 	$(BIN)/python tests/mutants_svd.py
 	$(BIN)/python tests/mutants_faults.py
+	$(BIN)/python tests/mutants_report.py
 
 docs: $(VENV)/dev  ## write the generated pages anew
 	$(BIN)/python docs/generate.py
