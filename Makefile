@@ -21,6 +21,7 @@ mutants: $(VENV)/dev  ## break the code on purpose, one bug at a time, and see e
 	$(BIN)/python tests/mutants_merge.py
 	$(BIN)/python tests/mutants_svd.py
 	$(BIN)/python tests/mutants_faults.py
+	$(BIN)/python tests/mutants_report.py
 
 faults: $(VENV)/dev  ## break runs and clients for real and print the tables of docs/reliability.md
 	$(BIN)/python tests/fault_table.py
