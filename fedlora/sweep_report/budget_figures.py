@@ -100,8 +100,8 @@ def _error_picture(case: Case) -> Picture | None:
         "What the model lacks of the wanted increment after the merge, by round: norms over all "
         "layers, relative. What averaging A and B apart would lose is the whole error of fedavg; "
         "rules that merge increments avoid it. Means over "
-        f"{seed_span([len(arm.runs) for arm in arms])}, bands 95 % intervals; each panel has a scale "
-        "of its own."
+        f"{seed_span([len(arm.runs) for arm in arms])}, bands 95 % intervals; each panel "
+        "has a scale of its own."
     )
     return Picture(
         f"{case.slug}-budget", f"Error budget, {case.title}", caption,
