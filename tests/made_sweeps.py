@@ -183,12 +183,13 @@ def _shown_budget(error: float, t: int, draw: random.Random) -> dict[str, Any]:
     layers = {
         name: {
             "wanted": 1.0, "tail": error * (1 + n / 4) * (1 + 2 * math.exp(-t / 6)),
-            "cross": error * draw.uniform(0.5, 1.5), "effective_rank": 3 + n / 10,
+            "cross": error * draw.uniform(2, 3), "effective_rank": 3 + n / 10,
+            "update": 0.3, "drift": 0.2 + t / 100, "new": 0.3 / (1 + t / 4), "new_drift": 0.1,
         } for n, name in enumerate(LAYERS)
     }  # fmt: skip
     sums = {
         key: math.sqrt(sum(layer[key] ** 2 for layer in layers.values()))
-        for key in ("wanted", "tail", "cross")
+        for key in ("wanted", "tail", "cross", "update", "drift", "new", "new_drift")
     }
     return sums | {"folded": sums["tail"] * 0.5, "effective_rank": 3.5, "layers": layers}
 

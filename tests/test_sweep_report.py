@@ -12,7 +12,8 @@ from made_sweeps import ROUNDS, line, make_sweep, rising
 from typer.testing import CliRunner
 
 from fedlora.cli import app
-from fedlora.sweep_report.budget import budget_pictures, layer_shares, short_layers
+from fedlora.sweep_report.budget import layer_shares
+from fedlora.sweep_report.budget_figures import budget_pictures, short_layers
 from fedlora.sweep_report.cases import read_cases
 from fedlora.sweep_report.content import Choices, Picture, Table, Words
 from fedlora.sweep_report.curves import accuracy, area, curve, reached
@@ -62,6 +63,7 @@ def known(tmp_path):
 
 BUDGET = {
     "wanted": 2.0, "tail": 0.2, "cross": 0.4, "effective_rank": 3.25,
+    "update": 0.5, "drift": 0.5, "new": 0.3, "new_drift": 0.4,
     "layers": {
         "m.0.q.x": {"wanted": 1.0, "tail": 0.1}, "m.0.v.x": {"wanted": 2.0, "tail": 0.1},
         "m.1.q.x": {"wanted": 0.0, "tail": 0.0},
@@ -481,17 +483,21 @@ def test_a_budget_is_drawn_and_tabled_where_there_is_one(tmp_path, known):
         tmp_path / "b", {"fra": {}, "ffa": {}}, lambda m, c, s: made if m == "fra" else rising(0.8)
     )
     case = the_case(folder)
-    assert ["fra", "2", "0.2", "0.4", "3.25"] in Read(folder).rows
+    want = ["fra", "2", "0.2", "0.4", "3.25", "0.5", "0.5", "0.3", "0.4"]
+    assert want in Read(folder).rows
     x, shares = layer_shares(case.arm("fra").all, list(BUDGET["layers"]), "tail")
     assert x.tolist() == [1, 2]
     np.testing.assert_allclose(shares, [[0.1, 0.1], [0.05, 0.05], [np.nan, np.nan]])
-    heat, stacked = budget_pictures(case)
-    assert [panel.title for panel in heat.panels] == ["fra"]
+    errors, heat, changes = budget_pictures(case)
+    for picture in (errors, heat, changes):
+        assert [panel.title for panel in picture.panels] == ["fra"]
+    lines = draw_sheet(errors).axes[0].lines  # 0.2 / 2 and 0.4 / 2
+    np.testing.assert_allclose([one.get_ydata() for one in lines], [[0.1, 0.1], [0.2, 0.2]])
     image = draw_sheet(heat).axes[0].images[0]
     np.testing.assert_allclose(image.get_array().filled(np.nan), shares)
-    areas = draw_sheet(stacked).axes[0].collections  # (0.4 / 2)^2, and (0.2 / 2)^2 on top of it
+    areas = draw_sheet(changes).axes[0].collections  # of 0.5: 0.25 - 0.09, 0.09, 0.25 - 0.16, 0.16
     tops = [one.get_paths()[0].vertices[:, 1].max() for one in areas]
-    np.testing.assert_allclose(tops, [0.04, 0.05])
+    np.testing.assert_allclose(tops, [0.32, 0.5, 0.68, 1.0])
     assert "Error budget" not in Read(known).text
     assert budget_pictures(the_case(known)) == []
 
@@ -534,7 +540,7 @@ def test_the_page_is_well_formed_and_loads_nothing(written):
     text = (written[0] / "index.html").read_text()
     page = Page(text)
     assert len(page.ids) == len(set(page.ids))
-    assert {"balanced-accuracy", "balanced-tail", "balanced-budget", "exactness"} <= set(page.ids)
+    assert {"balanced-changes", "balanced-tail", "balanced-budget", "exactness"} <= set(page.ids)
     own = ("#", "data:image/png;base64,")
     assert page.links
     assert [link for link in page.links if not link.startswith(own)] == []

@@ -210,7 +210,10 @@ def budget_table(case: Case) -> Table | None:
         for arm in case.there
     ]
     head = ["method", *(name.replace("_", " ") for name in names)]
-    notes = ["Norms over all layers, ranks and angles (degrees) their mean; means over seeds."]
+    notes = [
+        "Norms over all layers (to be compared with `wanted`), of ranks and angles (degrees) the "
+        "mean over layers; means over seeds."
+    ]
     return Table("Error budget in the last round", head, rows, notes)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from fedlora.canvas import save_figure
 from fedlora.files import write_text
 from fedlora.hints import near
-from fedlora.sweep_report.budget import budget_pictures
+from fedlora.sweep_report.budget_figures import budget_pictures
 from fedlora.sweep_report.cases import Case, method_names, read_cases
 from fedlora.sweep_report.content import Block, Choices, Picture, Report, Section, Words
 from fedlora.sweep_report.findings import compared, one_setting_apart, target_of
