@@ -101,9 +101,12 @@ class Run:
         return flat | {"run.rounds": self.config["run"].get("rounds")}
 
     def final(self, metric: str) -> float:
-        """`metric` at the end: the summary's, or that of the last round evaluated; else NaN."""
-        value = number(self.summary, ("final", metric))
-        return value if math.isfinite(value) else last_known(self.evaluation(metric))
+        """`metric` at the end: the summary's, or that of the last round evaluated; else NaN.
+
+        Round 0, the untrained start, is nobody's result.
+        """
+        value, trained = number(self.summary, ("final", metric)), self.series("round") > 0
+        return value if math.isfinite(value) else last_known(self.evaluation(metric)[trained])
 
 
 def read_run(path: Path | str) -> Run:

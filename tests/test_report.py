@@ -211,6 +211,8 @@ def test_an_interrupted_run_is_reported_without_summary_and_without_its_cut_line
     run = read_run(path)
     assert [line["round"] for line in run.rounds] == [0, 1, 2]
     assert run.final("accuracy") == 0.75
+    start_alone = make_run(tmp_path / "start", log()[:1])
+    assert math.isnan(read_run(start_alone).final("accuracy"))
     figure = draw_run(run)
     assert len(figure.axes) == 4  # no confusion matrix
     assert "2 of 3 rounds so far" in words(figure)
