@@ -110,7 +110,7 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "the drift of another mean", "budget"),
     ("budget-against-the-global", "budget.py", "spread(layer, had, has, weights)",
      "spread(layer, [layer] * len(had), has, weights)",
-     "a client of smaller rank has changed everything", "budget receivers"),
+     "a client of smaller rank has changed everything", "budget"),
     ("drift-within-piles", "budget.py", "(left.weight * share * float", "(0 * share * float",
      "many clients look close to one another", "budget"),
     ("old-rows-are-new", "budget.py", "_outside(rows, columns)], dim=1), old",

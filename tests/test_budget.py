@@ -327,6 +327,21 @@ def double(factors: Factors) -> Factors:
     return Factors(factors.A.double(), factors.B.double(), factors.scaling)
 
 
+def test_clients_of_any_rank_that_changed_nothing_have_changed_nothing() -> None:
+    state = ServerState(random_adapter(0, r=4))
+    receivers = {"c0": Receiver(1, 16.0), "c2": Receiver(2, 8.0)}
+    results = [
+        replace(result, adapter=cut_for(state.adapter, receivers.get(result.client)))
+        for result in random_results(50)
+    ]
+    after = aggregate(get_rule("fra"), state, results, 1, Policy(receivers=receivers))
+    for layer in after.budget.values():
+        assert {name: layer[name] for name in NAMES - {"cross"}} == dict.fromkeys(
+            NAMES - {"cross"}, 0.0
+        )
+        assert "cross" not in layer
+
+
 def test_the_cross_term_is_what_fedavg_loses_and_fra_does_not() -> None:
     state, results = ServerState(random_adapter(0)), random_results(50)
     found = {rule: norms_of(aggregate(get_rule(rule), state, results, 1))
