@@ -1,6 +1,6 @@
 """The same tiny federation on four engines: rounds a second, memory, bytes on the wire.
 
-    python benchmarks/engines.py [--rounds 20] [--deployed 4]
+    python benchmarks/engines.py [--rounds 20] [--deployed 4] [--engines plain deployment]
 
 Three clients, the demo's MiniLM and adapter, one step of four rows a client and round. "plain" is
 fedlora's own loop; "strategy" Flower's strategy loop with its messages handed over in one process;
@@ -131,30 +131,38 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--deployed", type=int, default=4, help="rounds of the deployment")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--only", choices=ENGINES, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.only:
-        print(json.dumps(measured(args.only, args.rounds)))
-        return
+    with ended_with_this():
+        if args.only:
+            print(json.dumps(measured(args.only, args.rounds)))
+        else:
+            compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
     memories = "peak memory of all together, MB | of the server's process alone, MB"
     times = "rounds | rounds a second | start and end, s | processor time in all, s"
     print(f"| engine | {times} | processes | {memories} |")
     print("|---|---|---|---|---|---|---|---|")
     found = {}
-    with ended_with_this():
-        for engine in ENGINES:
-            rounds = args.deployed if engine == "deployment" else args.rounds
-            one = found[engine] = run(engine, rounds)
-            figures = f"{rounds} | {one['rounds']:.2f} | {one['start']:.0f} | {one['spent']:.0f}"
-            memory = f"{one['processes']} | {one['all'] / 1e6:,.0f} | {one['server'] / 1e6:,.0f}"
-            print(f"| {engine} | {figures} | {memory} |", flush=True)
-    wire, sockets = found["strategy"]["wire"], found["deployment"]
-    first, down, up = wire["first"], wire["down"], wire["up"]
-    through = {way: sockets["wire"][way] / sockets["arrays"][way] - 1 for way in ("down", "up")}
+    for engine in args.engines:
+        rounds = args.deployed if engine == "deployment" else args.rounds
+        one = found[engine] = run(engine, rounds)
+        figures = f"{rounds} | {one['rounds']:.2f} | {one['start']:.0f} | {one['spent']:.0f}"
+        memory = f"{one['processes']} | {one['all'] / 1e6:,.0f} | {one['server'] / 1e6:,.0f}"
+        print(f"| {engine} | {figures} | {memory} |", flush=True)
     print("\n| bytes beyond the adapter's | first message down | later ones down | up |")
     print("|---|---|---|---|")
-    print(f"| messages, {wire['parts']} parts | {first:+.2%} | {down:+.2%} | {up:+.2%} |")
-    print(f"| connections | | {through['down']:+.1%} | {through['up']:+.1%} |")
+    if wire := found.get("strategy", {}).get("wire"):
+        cells = f"{wire['first']:+.2%} | {wire['down']:+.2%} | {wire['up']:+.2%}"
+        print(f"| messages, {wire['parts']} parts | {cells} |")
+    if deployed := found.get("deployment"):
+        through = {
+            way: deployed["wire"][way] / sent - 1 for way, sent in deployed["arrays"].items()
+        }
+        print(f"| connections | | {through['down']:+.1%} | {through['up']:+.1%} |")
 
 
 if __name__ == "__main__":

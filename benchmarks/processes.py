@@ -9,6 +9,7 @@ import ctypes
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,8 +21,12 @@ SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: orphans below this process become its 
 
 @contextmanager
 def ended_with_this() -> Iterator[None]:
-    """Ends every process that was started below this one in the block, those set free included."""
+    """Ends every process that was started below this one in the block, those set free included.
+
+    Also where this one is ended by Ctrl-C or SIGTERM.
+    """
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     try:
         yield
     finally:
