@@ -1,6 +1,6 @@
 """The same tiny federation on four engines: rounds a second, memory, bytes on the wire.
 
-    python benchmarks/engines.py [--rounds 20] [--deployed 4]
+    python benchmarks/engines.py [--rounds 20] [--deployed 4] [--engines plain deployment]
 
 Three clients, the demo's MiniLM and adapter, one step of four rows a client and round. "plain" is
 fedlora's own loop; "strategy" Flower's strategy loop with its messages handed over in one process;
@@ -23,11 +23,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from processes import Memory, ended_with_this, spent_below
+from processes import Watch, ended_with_this
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ("plain", "strategy", "simulation", "deployment")
-CLIENTS = 3
+CLIENTS, LOG = 3, "run/metrics.jsonl"
 
 
 def config(folder: Path, rounds: int):
@@ -42,28 +42,27 @@ def config(folder: Path, rounds: int):
     return load_config(ROOT / "fedlora" / "demo.toml", words)
 
 
-def measured(engine: str, rounds: int) -> dict[str, Any]:
+def measured(engine: str, rounds: int, folder: Path) -> dict[str, Any]:
     """One engine, started by this process; what it says of itself, and the bytes where counted."""
-    with tempfile.TemporaryDirectory() as name:
-        settings, wire = config(Path(name), rounds), {}
-        began = time.perf_counter()
-        if engine == "plain":
-            from fedlora.run import execute, prepare
+    settings, wire = config(folder, rounds), {}
+    began = time.perf_counter()
+    if engine == "plain":
+        from fedlora.run import execute, prepare
 
-            execute(prepare(settings))
-        elif engine == "strategy":
-            wire = messages(settings)
-        elif engine == "simulation":
-            from fedlora.flower.engine import run_on_flower
+        execute(prepare(settings))
+    elif engine == "strategy":
+        wire = messages(settings)
+    elif engine == "simulation":
+        from fedlora.flower.engine import run_on_flower
 
-            run_on_flower(settings)
-        else:
-            from loopback import run_on_loopback
+        run_on_flower(settings)
+    else:
+        from loopback import run_on_loopback
 
-            wire = run_on_loopback(settings, Path(name), CLIENTS)
-        total = time.perf_counter() - began
-        log = [json.loads(line) for line in (Path(name) / "run/metrics.jsonl").open()]
-        summary = json.loads((Path(name) / "run/summary.json").read_text())
+        wire = run_on_loopback(settings, folder, CLIENTS)
+    total = time.perf_counter() - began
+    log = [json.loads(line) for line in (folder / LOG).open()]
+    summary = json.loads((folder / "run/summary.json").read_text())
     spent = [record["seconds"]["total"] for record in log[1:]]
     arrays = {way: summary[f"bytes_{way}_total"] for way in ("down", "up")}
     return {"rounds": 1 / median(spent), "start": total - sum(spent), "wire": wire,
@@ -109,20 +108,20 @@ def objects(record: Any) -> Iterator[tuple[str, bytes]]:
 
 
 def run(engine: str, rounds: int) -> dict[str, Any]:
-    """One engine in a process of its own; memory and processor time of all that it starts."""
-    command = [sys.executable, __file__, "--only", engine, "--rounds", str(rounds)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    before = spent_below()
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
-    # who starts a deployment is no part of it
-    with Memory(process.pid, itself=engine != "deployment") as memory:
-        told, errors = process.communicate()
+    """One engine in a process of its own, and what it and all that it starts use."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--only", engine, "--rounds", str(rounds), folder]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
+        # who starts a deployment takes no memory of it
+        alone = engine == "deployment"
+        with Watch(process.pid, Path(folder) / LOG, without_root=alone) as watch:
+            told, errors = process.communicate()
     if process.returncode:
         raise RuntimeError(f"{engine} failed: {errors[-3000:]}")
     found = json.loads(told.splitlines()[-1])
-    spent = spent_below() - before
-    return found | {"all": memory.peak, "processes": memory.processes, "spent": spent}
+    return found | {"all": watch.peak, "count": watch.count, "spent": watch.seconds_a_line()}
 
 
 def main() -> None:
@@ -131,30 +130,40 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--deployed", type=int, default=4, help="rounds of the deployment")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--only", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("folder", nargs="?", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.only:
-        print(json.dumps(measured(args.only, args.rounds)))
-        return
-    memories = "peak memory of all together, MB | of the server's process alone, MB"
-    times = "rounds | rounds a second | start and end, s | processor time in all, s"
-    print(f"| engine | {times} | processes | {memories} |")
-    print("|---|---|---|---|---|---|---|---|")
-    found = {}
     with ended_with_this():
-        for engine in ENGINES:
-            rounds = args.deployed if engine == "deployment" else args.rounds
-            one = found[engine] = run(engine, rounds)
-            figures = f"{rounds} | {one['rounds']:.2f} | {one['start']:.0f} | {one['spent']:.0f}"
-            memory = f"{one['processes']} | {one['all'] / 1e6:,.0f} | {one['server'] / 1e6:,.0f}"
-            print(f"| {engine} | {figures} | {memory} |", flush=True)
-    wire, sockets = found["strategy"]["wire"], found["deployment"]
-    first, down, up = wire["first"], wire["down"], wire["up"]
-    through = {way: sockets["wire"][way] / sockets["arrays"][way] - 1 for way in ("down", "up")}
+        if args.only:
+            print(json.dumps(measured(args.only, args.rounds, args.folder)))
+        else:
+            compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    columns = [
+        "engine", "rounds", "rounds a second", "processor time a round, s", "start and end, s",
+        "processes", "peak memory of all together, MB", "of the server's process alone, MB",
+    ]  # fmt: skip
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    found = {}
+    for engine in args.engines:
+        rounds = args.deployed if engine == "deployment" else args.rounds
+        one = found[engine] = run(engine, rounds)
+        times = f"{one['rounds']:.2f} | {one['spent']:.1f} | {one['start']:.0f}"
+        memory = f"{one['count']} | {one['all'] / 1e6:,.0f} | {one['server'] / 1e6:,.0f}"
+        print(f"| {engine} | {rounds} | {times} | {memory} |", flush=True)
     print("\n| bytes beyond the adapter's | first message down | later ones down | up |")
     print("|---|---|---|---|")
-    print(f"| messages, {wire['parts']} parts | {first:+.2%} | {down:+.2%} | {up:+.2%} |")
-    print(f"| connections | | {through['down']:+.1%} | {through['up']:+.1%} |")
+    if wire := found.get("strategy", {}).get("wire"):
+        cells = f"{wire['first']:+.2%} | {wire['down']:+.2%} | {wire['up']:+.2%}"
+        print(f"| messages, {wire['parts']} parts | {cells} |")
+    if deployed := found.get("deployment"):
+        through = {
+            way: deployed["wire"][way] / sent - 1 for way, sent in deployed["arrays"].items()
+        }
+        print(f"| connections | | {through['down']:+.1%} | {through['up']:+.1%} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""All processes that a script starts, whoever their parent became: their memory, and their end.
+"""All processes that a script starts, whoever their parent became: what they use, and their end.
 
 Imported by the scripts beside it; reads /proc, so Linux only.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,35 +20,41 @@ SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: orphans below this process become its 
 
 @contextmanager
 def ended_with_this() -> Iterator[None]:
-    """Ends every process that was started below this one in the block, those set free included."""
+    """Ends every process that was started below this one in the block, those set free included.
+
+    Also where this one is ended by Ctrl-C or SIGTERM.
+    """
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     try:
         yield
     finally:
         for how in (signal.SIGTERM, signal.SIGKILL):
             until = time.monotonic() + 10
-            for pid in below(os.getpid()):
+            for pid in below(os.getpid()).keys() - {os.getpid()}:
                 with suppress(ProcessLookupError):
                     os.kill(pid, how)
-            while below(os.getpid()) and time.monotonic() < until:
+            while len(below(os.getpid())) > 1 and time.monotonic() < until:
                 reap()
                 time.sleep(0.1)
 
 
-class Memory:
-    """The largest memory that all processes below one had together, in bytes, and their number.
+class Watch:
+    """What a process and all below it use together, looked at twice a second.
 
-    What is private to each, and once the largest part that one shares: nearly all of that are the
-    same libraries. (PSS would divide them by the neighbours' processes as well.)
+    `peak`: bytes, what is private to each and once the largest part that one shares (nearly all of
+    that are the same libraries; PSS would divide them by the neighbours' processes as well), and
+    `count` how many they were then. `seconds`: processor time by the number of lines in a log.
     """
 
-    def __init__(self, root: int, *, itself: bool) -> None:
-        self.root, self.itself = root, itself
-        self.peak, self.processes = 0, 0
+    def __init__(self, root: int, log: Path, *, without_root: bool) -> None:
+        self.root, self.log, self.without_root = root, log, without_root
+        self.peak = self.count = 0
+        self.seconds: dict[int, float] = {}
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
 
-    def __enter__(self) -> Memory:
+    def __enter__(self) -> Watch:
         self.thread.start()
         return self
 
@@ -58,29 +64,37 @@ class Memory:
 
     def watch(self) -> None:
         while not self.over.wait(0.5):
-            found = [self.root] * self.itself + below(self.root)
-            sizes = [size for size in map(private_and_shared, found) if any(size)]
+            lines = len(self.log.read_text().splitlines()) if self.log.exists() else 0
+            found = below(self.root)
+            self.seconds.setdefault(lines, sum(found.values()))
+            pids = found.keys() - ({self.root} if self.without_root else set())
+            sizes = [size for size in map(private_and_shared, pids) if any(size)]
             total = sum(own for own, _ in sizes) + max((shared for _, shared in sizes), default=0)
             if total > self.peak:
-                self.peak, self.processes = total, len(sizes)
+                self.peak, self.count = total, len(sizes)
+
+    def seconds_a_line(self) -> float:
+        """Processor seconds of a line of the log, from the first that was seen to the last."""
+        first, last = min(self.seconds.keys() - {0}), max(self.seconds)
+        return (self.seconds[last] - self.seconds[first]) / (last - first)
 
 
-def below(root: int) -> list[int]:
-    """The living descendants of a process."""
-    children: dict[int, list[int]] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            except OSError:  # gone meanwhile
-                continue
-            if state != "Z":
-                children.setdefault(int(parent), []).append(int(folder.name))
-    found, next_ones = [], [root]
-    while next_ones:
-        next_ones = [child for parent in next_ones for child in children.get(parent, [])]
-        found += next_ones
-    return found
+def below(root: int) -> dict[int, float]:
+    """A process and its descendants, with the processor seconds of each and of its ended children.
+
+    A zombie is among them until its parent has asked for it.
+    """
+    parents, seconds = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # gone meanwhile
+            values = path.read_text().rpartition(")")[2].split()
+            pid = int(path.parent.name)
+            parents[pid] = int(values[1])
+            seconds[pid] = sum(map(int, values[11:15])) / os.sysconf("SC_CLK_TCK")
+    found = {root}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {pid: seconds[pid] for pid in found if pid in seconds}
 
 
 def private_and_shared(pid: int) -> tuple[int, int]:
@@ -92,13 +106,6 @@ def private_and_shared(pid: int) -> tuple[int, int]:
     sizes = {name: 1024 * int(size) for name, size, *_ in map(str.split, lines)}
     private = sizes["Private_Clean:"] + sizes["Private_Dirty:"]
     return private, sizes["Rss:"] - private
-
-
-def spent_below() -> float:
-    """Processor seconds of all processes below this one that have ended."""
-    reap()
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def reap() -> None:
