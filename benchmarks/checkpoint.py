@@ -45,7 +45,8 @@ def main() -> None:
             ends.append(perf_counter())
             sizes.extend(path.stat().st_size for path in sorted(run.glob("checkpoints/*"))[-1:])
 
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:  # on a disk, as runs are
+    Path("runs").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir="runs") as folder:  # on the disk where runs are
         run = Path(folder) / "demo"
         recording.append_record = timed(recording.append_record, lines)
         recording.save_checkpoint = timed(recording.save_checkpoint, checkpoints)

@@ -73,9 +73,12 @@ class Watch:
             if total > self.peak:
                 self.peak, self.count = total, len(sizes)
 
-    def seconds_a_line(self) -> float:
-        """Processor seconds of a line of the log, from the first that was seen to the last."""
-        first, last = min(self.seconds.keys() - {0}), max(self.seconds)
+    def seconds_a_line(self, last: int) -> float:
+        """Processor seconds of a line of the log, from the first that was seen to the last
+        given.
+        """
+        seen = [lines for lines in self.seconds if 0 < lines <= last]
+        first, last = min(seen), max(seen)
         return (self.seconds[last] - self.seconds[first]) / (last - first)
 
 
