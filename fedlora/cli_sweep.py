@@ -101,9 +101,16 @@ def _planned(sweep: Sweep) -> Table:
 
 
 def _steps(trial: Trial) -> int:
-    """Optimiser steps of all clients, where they are counted in steps."""
+    """Optimiser steps of all clients that take part, where they are counted in steps.
+
+    Those of `central` are as many batches of a client's size as the clients would take.
+    """
+    from fedlora.settings import round_size
+
     run, client = trial.config.run, trial.config.client
     clients = len(trial.config.data.clients) or trial.config.partition.clients
+    if run.mode == "federated":
+        clients = round_size(clients, trial.config.merge.participation)
     return run.rounds * client.steps * clients
 
 

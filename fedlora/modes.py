@@ -19,7 +19,8 @@ from fedlora.policy import Head, Policy, Receiver
 from fedlora.robust import fewest
 from fedlora.rounds import Failure
 from fedlora.rules import Rule, get_rule
-from fedlora.server import plan_round, round_size
+from fedlora.server import plan_round
+from fedlora.settings import round_size
 from fedlora.simulation import Fit, Progress, Round, Shelve, personal_adapters, simulate
 
 CENTRAL = "central"

@@ -30,7 +30,7 @@ from fedlora.records import Record, round_record, summary_record
 from fedlora.resume import CHECKPOINTS, Resumed
 from fedlora.robust import warning
 from fedlora.runlog import append_record, create_run, model_card, versions, write_json
-from fedlora.server import round_size
+from fedlora.settings import round_size
 
 Watch: TypeAlias = Callable[[str, Mapping[str, Any]], None]
 Note: TypeAlias = Callable[[Step | None], None]

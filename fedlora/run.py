@@ -20,7 +20,8 @@ from fedlora.recording import Job, Watch, recording, run_folder
 from fedlora.resume import Resumed
 from fedlora.rules import Plan, get_rule
 from fedlora.runlog import check_new
-from fedlora.server import rehearse, round_size
+from fedlora.server import rehearse
+from fedlora.settings import round_size
 from fedlora.shelf import shelf
 from fedlora.simulation import Fit
 

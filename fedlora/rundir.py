@@ -58,7 +58,7 @@ class Run:
     def clients(self) -> list[str]:
         """Every client that took part in any round; numbers in numerical order, then names."""
         found = {client for line in self.rounds for client in line["clients"]}
-        return sorted(found, key=lambda c: (not c.isdecimal(), int(c) if c.isdecimal() else 0, c))
+        return sorted(found, key=by_number)
 
     def series(self, *keys: str) -> Array:
         """One value a round, at `keys` inside its line of the log; NaN where there is none."""
@@ -107,6 +107,11 @@ class Run:
         """
         value, trained = number(self.summary, ("final", metric)), self.series("round") > 0
         return value if math.isfinite(value) else last_known(self.evaluation(metric)[trained])
+
+
+def by_number(client: str) -> tuple[bool, int, str]:
+    """The key to sort clients by: numbers in numerical order, then names."""
+    return not client.isdecimal(), int(client) if client.isdecimal() else 0, client
 
 
 def read_run(path: Path | str) -> Run:

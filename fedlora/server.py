@@ -44,6 +44,7 @@ from fedlora.policy import (
 )
 from fedlora.rules import SETTLED, Plan, Residual, Rule
 from fedlora.seeding import numpy_generator
+from fedlora.settings import round_size
 
 EXACT = 8e9  # multiplications up to which the norm of a layer is exact
 HELD = 2**25  # bytes of one layer of all clients up to which they are converted at once
@@ -93,11 +94,6 @@ def sample_clients(
     count = round_size(len(ids), participation)
     chosen = numpy_generator(seed, "sample", round).permutation(len(ids))[:count]
     return sorted(ids[index] for index in chosen)
-
-
-def round_size(clients: int, participation: float) -> int:
-    """How many of the clients take part in a round: ceil(participation * K), at least one."""
-    return max(1, math.ceil(participation * clients - 1e-9))
 
 
 def downlink(state: ServerState, plan: Plan, receiver: Receiver | None = None) -> dict[str, Tensor]:

@@ -1,10 +1,11 @@
 """The settings of a run, section by section: names, defaults, one-line help, allowed values.
 
-Data only; `fedlora.config` reads, checks and flattens them.
+Data, and what a setting comes to; `fedlora.config` reads, checks and flattens them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -239,3 +240,8 @@ class EvaluateSettings:
     limit: int = setting(0, "rows of the fixed, seeded subset before the last round; 0: all", low=0)
     batch: int = setting(64, "examples a forward pass", low=1)
     clients: bool = setting(True, "evaluate each client's own adapter too, after local training")
+
+
+def round_size(clients: int, participation: float) -> int:
+    """How many of the clients take part in a round: ceil(participation * K), at least one."""
+    return max(1, math.ceil(participation * clients - 1e-9))

@@ -169,5 +169,19 @@ def test_the_plan_is_shown_without_running(file: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "sweep").exists()
 
 
+def test_the_plan_counts_the_steps_of_the_clients_that_take_part(tmp_path: Path) -> None:
+    file = tmp_path / "few.toml"
+    file.write_text(
+        "[run]\nrounds = 3\n[data]\ntrain = 'no.csv'\n[partition]\nclients = 50\n"
+        "[client]\nsteps = 2\n[merge]\nparticipation = 0.2\n[sweep]\nseeds = 4\n"
+        "[[sweep.methods]]\nmerge.rule = 'fra'\n[[sweep.methods]]\nrun.mode = 'local'\n"
+    )
+    done = said(file, "--plan")
+    (fra,) = [line.split() for line in done.stdout.splitlines() if line.startswith("fra")]
+    (local,) = [line.split() for line in done.stdout.splitlines() if line.startswith("local")]
+    assert fra == ["fra", "0", "4", "240"]
+    assert local == ["local", "0", "4", "1,200"]
+
+
 def test_where_all_trials_failed_nothing_is_chosen(tmp_path: Path) -> None:
     assert best_point([], tmp_path) is None

@@ -15,6 +15,7 @@ from fedlora.cli import app
 from fedlora.sweep_report.budget import layer_shares
 from fedlora.sweep_report.budget_figures import budget_pictures, short_layers
 from fedlora.sweep_report.cases import read_cases
+from fedlora.sweep_report.clients import MOST, clients_tables
 from fedlora.sweep_report.content import Choices, Picture, Table, Words
 from fedlora.sweep_report.curves import accuracy, area, curve, reached
 from fedlora.sweep_report.findings import (
@@ -240,6 +241,56 @@ def test_options_of_sweeps_are_refused_for_runs_and_sweeps_are_given_alone(known
     ):
         result = CliRunner().invoke(app, ["report", *arguments])
         assert message in str(result.exception)
+
+
+OWN = {  # accuracy on the clients' own rows, by seed and client
+    "fra": ({"a": 0.80, "b": 0.70}, {"a": 0.84, "b": 0.72}),
+    "alone": ({"a": 0.70, "b": 0.75}, {"a": 0.75, "b": 0.74}),
+    "pooled": ({"central": 0.9}, {"central": 0.8}),
+}
+MODES = {"alone": "local", "pooled": "central"}
+
+
+def own_rows(found):
+    """A finished run whose clients scored this on their own rows."""
+    last = line(1, 0.5, clients=list(found))
+    for client, score in found.items():
+        last["clients"][client]["global_heldout"]["accuracy"] = score
+    return [line(0, 0.5), last]
+
+
+def test_each_client_is_scored_on_its_own_rows_and_against_training_alone(tmp_path):
+    """Client a gains 10 and 9 points: 9.5, its interval 12.706 standard errors of 0.5 wide."""
+    methods = {method: {"run.mode": MODES.get(method, "federated")} for method in OWN}
+
+    def lines(method, case, seed):
+        last = own_rows(OWN[method][seed])
+        for client in last[1]["clients"].values() if method == "alone" else ():
+            client["heldout"], client["global_heldout"] = client["global_heldout"], None
+        return last
+
+    folder = make_sweep(tmp_path / "s", methods, lines, seeds=(0, 1))
+    scores, gained = clients_tables(the_case(folder))
+    assert scores.head == ["method", "mean of clients, %", "lowest", "highest", "a", "b"]
+    assert [row[2:] for row in scores.rows] == [
+        ["71.0", "82.0", "82.0", "71.0"],
+        ["72.5", "74.5", "72.5", "74.5"],
+        ["-", "-", "-", "-"],
+    ]
+    assert scores.rows[0][1] == "76.5 ± 19.1"
+    assert scores.rows[2][1] == "85.0 ± 63.5"
+    assert gained.rows == [["fra", "1 of 2", "-3.5", "+9.5 ± 6.4", "-3.5 ± 19.1"]]
+
+
+def test_many_clients_have_no_columns_and_one_client_no_table(tmp_path):
+    many = {str(k): 0.5 + k / 100 for k in range(MOST + 1)}
+    methods = {"fra": {}, "local": {"run.mode": "local"}}
+    folder = make_sweep(tmp_path / "s", methods, lambda *_: own_rows(many), seeds=(0, 1))
+    scores, gained = clients_tables(the_case(folder))
+    assert scores.rows[0] == ["fra", "56.0 ± 0.0", "50.0", "62.0"]
+    assert gained.rows == [["fra", "0 of 13", "+0.0"]]
+    folder = make_sweep(tmp_path / "one", {"fra": {}}, lambda *_: own_rows({"0": 0.5}), seeds=(0,))
+    assert clients_tables(the_case(folder)) == []
 
 
 def test_rounds_and_megabytes_to_the_target_count_who_never_got_there(tmp_path):

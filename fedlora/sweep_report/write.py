@@ -15,6 +15,7 @@ from fedlora.files import write_text
 from fedlora.hints import near
 from fedlora.sweep_report.budget_figures import budget_pictures
 from fedlora.sweep_report.cases import Case, method_names, read_cases
+from fedlora.sweep_report.clients import clients_tables
 from fedlora.sweep_report.content import Block, Choices, Picture, Report, Section, Words
 from fedlora.sweep_report.findings import compared, one_setting_apart, target_of
 from fedlora.sweep_report.markdown import markdown_page
@@ -114,6 +115,7 @@ def _case_section(sweep: SweepRuns, case: Case, baseline: str, chosen: Choices) 
     parts: list[tuple[str, list[Block | None]]] = [
         ("Final accuracy", [final_picture(case, baseline, versus), final_table(case), *paired]),
         ("Accuracy by round", _followed(case, chosen)),
+        ("Each client", [*clients_tables(case)]),
         ("Early convergence", _early(case, chosen)),
         ("Overfitting", [loss_picture(case, chosen.rolling), overfitting_table(case)]),
         ("Communication and server time", [cost_picture(case), cost_table(case)]),
