@@ -7,8 +7,10 @@ config alone, never on which client ran before.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -22,19 +24,23 @@ from fedlora.evaluate import Scores, autocast, evaluate
 from fedlora.model import Model, read_adapter, train_only, write_adapter
 from fedlora.moments import moments, restore, transported
 from fedlora.partition import Rows
+from fedlora.privacy.example import Budgets
 from fedlora.rules import Plan
 from fedlora.seeding import derive, numpy_generator
-from fedlora.settings import ClientSettings
+from fedlora.settings import ClientSettings, shares_metrics, steps_per_round
 from fedlora.simulation import Fit
 
 POOL = 50  # batches that are sorted by length together
 
 
-def make_fit(model: Model, data: Data, config: Config) -> Fit:
+def make_fit(model: Model, data: Data, config: Config, ledgers: Path | None = None) -> Fit:
     """The training of one client in one round, for `simulate` and for every other engine.
 
-    Raises ValueError, naming the client, where the loss or the weights cease to be finite.
+    With `privacy.unit = "example"` it is private, and `ledgers` the folder of the clients' ledgers.
+    Raises ValueError, naming the client, where the loss or the weights cease to be finite, or where
+    its privacy budget is spent.
     """
+    private = _private(config, ledgers)
 
     def fit(
         client: str, round: int, plan: Plan, adapter: Adapter, state: ClientState
@@ -47,27 +53,20 @@ def make_fit(model: Model, data: Data, config: Config) -> Fit:
         write_adapter(model, adapter)
         with torch.random.fork_rng(_cuda_index(model)):
             torch.manual_seed(derive(config.run.seed, "client", client, round))
-            training = _train(model, data, config, client, round, plan, state)
+            training = _train(model, data, config, client, round, plan, state, private)
         trained = read_adapter(model, adapter)
         metrics = training.metrics | _own_scores(model, data, config, client, round)
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in flatten(trained).values())
         if not (finite and all(map(math.isfinite, metrics.values()))):
             raise ValueError(
                 f"client {client}: training diverged in round {round} (loss "
-                f"{metrics['train_loss']}): lower client.lr, now {config.client.lr}"
+                f"{metrics.get('train_loss', '-')}): lower client.lr, now {config.client.lr}"
             )
         keeps = kept_parts or config.client.optimiser == "transport"
         kept = ClientState(trained if keeps else None, training.optimiser)
         return ClientResult(client, trained, len(data.rows[client]), metrics, kept)
 
     return fit
-
-
-def steps_per_round(settings: ClientSettings, rows: int) -> int:
-    """Optimiser steps of a client with so many rows: `steps`, or enough for `epochs` passes."""
-    if settings.epochs == 0:
-        return settings.steps
-    return max(1, round(settings.epochs * math.ceil(rows / settings.batch)))
 
 
 def learning_rate(
@@ -144,6 +143,7 @@ def _train(
     round: int,
     plan: Plan,
     state: ClientState,
+    private: Budgets | None,
 ) -> _Training:
     settings, rows = config.client, data.rows[client]
     parameters = train_only(model, plan.trains)
@@ -156,42 +156,104 @@ def _train(
     restore(optimiser, parameters, state.optimiser)
     anchors = {name: p.detach().clone() for name, p in parameters.items()} if settings.prox else {}
     steps = steps_per_round(settings, len(rows))
-    stream = batches(
-        rows, data.train.lengths, settings.batch, config.run.seed, client, (round - 1) * steps
-    )
     model.network.train()
     losses: list[Tensor] = []
     seconds = 0.0
     rates = [
         learning_rate(settings, round, config.run.rounds, step, steps) for step in range(steps)
     ]
-    for rate in rates:
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        inputs, labels = data.train.batch(next(stream), model.device)
-        began = perf_counter()
-        with autocast(model):
-            logits = model.network(**inputs).logits
-        loss = cross_entropy(logits.float(), labels)
-        loss.backward()
-        _pull(parameters, anchors, settings.prox)
-        if settings.clip:
-            nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
-        seconds += perf_counter() - began
+    with _gradients(model, data, config, client, round, parameters, private) as gradients:
+        for rate in rates:
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            began = perf_counter()
+            losses += gradients()
+            _pull(parameters, anchors, settings.prox)
+            if settings.clip and private is None:
+                nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            seconds += perf_counter() - began
     metrics = {
-        "train_loss": float(torch.stack(losses).double().mean()),
         "steps": float(steps),
         "learning_rate_first": rates[0],
         "learning_rate_last": rates[-1],
         "seconds_compute": seconds,
     }
+    if losses and shares_metrics(config.privacy):
+        metrics["train_loss"] = float(torch.stack(losses).double().mean())
+    if private is not None:
+        metrics["epsilon"] = private.spent(client)
     if settings.optimiser == "reset":
         return _Training(metrics, {})
     # a part that this round did not train keeps its moments for the round that does
     return _Training(metrics, {**state.optimiser, **moments(optimiser, parameters)})
+
+
+@contextmanager
+def _gradients(
+    model: Model,
+    data: Data,
+    config: Config,
+    client: str,
+    round: int,
+    parameters: Mapping[str, nn.Parameter],
+    private: Budgets | None,
+) -> Iterator[Callable[[], list[Tensor]]]:
+    """What fills the gradients of one step and returns its mean loss; of no example, no loss.
+
+    With `private` the round is charged here, before anything is drawn.
+    """
+    rows = data.rows[client]
+    if private is None:
+        first = (round - 1) * steps_per_round(config.client, len(rows))
+        lengths, seed = data.train.lengths, config.run.seed
+        stream = batches(rows, lengths, config.client.batch, seed, client, first)
+
+        def plain() -> list[Tensor]:
+            loss = _losses(model, model.network, data, next(stream)).mean()
+            loss.backward()
+            return [loss.detach()]
+
+        yield plain
+        return
+    from fedlora.privacy.dpsgd import poisson_batch, private_steps
+
+    mechanism = private.charge(client, round, len(rows))
+    expected = mechanism.sampling * len(rows)
+    with private_steps(
+        model.network, parameters,
+        clip=config.privacy.clip, noise=mechanism.noise, expected=expected,
+    ) as steps:  # fmt: skip
+
+        def noised() -> list[Tensor]:
+            drawn = poisson_batch(rows, mechanism.sampling)
+            found = []
+            if len(drawn):
+                losses = _losses(model, steps.module, data, drawn)
+                losses.sum().backward()
+                found = [losses.detach().mean()]
+            steps.finish(len(drawn))
+            return found
+
+        yield noised
+        steps.check()
+
+
+def _losses(model: Model, network: nn.Module, data: Data, rows: Rows) -> Tensor:
+    """The loss of each of these examples, in nats."""
+    inputs, labels = data.train.batch(rows, model.device)
+    with autocast(model):
+        logits = network(**inputs).logits
+    return cross_entropy(logits.float(), labels, reduction="none")
+
+
+def _private(config: Config, ledgers: Path | None) -> Budgets | None:
+    if config.privacy.unit != "example":
+        return None
+    if ledgers is None:
+        raise ValueError("example-level privacy needs a folder for the clients' ledgers")
+    return Budgets(config, ledgers)
 
 
 def _pull(
@@ -214,7 +276,7 @@ def _own_scores(
     if rows is not None and config.evaluate.clients:
         batch = config.evaluate.batch
         scores["evaluation"] = evaluate(model, data.evaluation, rows, batch)
-        if data.heldout[client].size:
+        if data.heldout[client].size and shares_metrics(config.privacy):
             scores["heldout"] = evaluate(model, data.train, data.heldout[client], batch)
     named = {
         f"{kind}.{name}": float(value)

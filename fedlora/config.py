@@ -25,7 +25,9 @@ from fedlora.settings import (
     MergeSettings,
     ModelSettings,
     PartitionSettings,
+    PrivacySettings,
     RunSettings,
+    shares_metrics,
 )
 
 Flat: TypeAlias = dict[str, bool | int | float | str]
@@ -46,6 +48,7 @@ class Config:
     merge: MergeSettings = field(default_factory=MergeSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     flower: FlowerSettings = field(default_factory=FlowerSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
 
     def flat(self) -> Flat:
         """`section.key` -> value, lists and tables as JSON: the form for the wire."""
@@ -244,9 +247,10 @@ def _check(config: Config) -> None:
             f"data.label_names has {len(config.data.label_names)} names for "
             f"{len(config.data.labels)} data.labels: give one name per label, in the same order"
         )
-    if config.run.save_best and config.data.holdout == 0:
+    if config.run.save_best and (config.data.holdout == 0 or not shares_metrics(config.privacy)):
         raise ValueError(
-            "run.save_best needs data.holdout above 0: it chooses on held-out training rows"
+            "run.save_best needs data.holdout above 0, and with privacy privacy.share_metrics: it "
+            "chooses on held-out training rows"
         )
 
 

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedlora.recording import Watch
+from fedlora.records import known_losses
 
 ROWS = 12  # rounds that stay visible
 COLUMNS = 6  # clients that get a column of their own
@@ -156,8 +157,8 @@ def accuracy(client: Mapping[str, Any] | None) -> float | None:
 
 
 def train_loss(record: Mapping[str, Any]) -> float | None:
-    """The mean training loss over the round's clients."""
-    losses = [client["train_loss"] for client in record["clients"].values()]
+    """The mean training loss over the round's clients that let it out."""
+    losses = known_losses(record)
     return sum(losses) / len(losses) if losses else None
 
 

@@ -26,11 +26,12 @@ from fedlora.evaluate import Scores, evaluate
 from fedlora.files import write_text
 from fedlora.model import Model, parameter_counts, save_adapter, save_merged, write_adapter
 from fedlora.modes import GLOBAL, Step, for_mode, loop_adapters
+from fedlora.privacy.ledger import LEDGERS, close_all
 from fedlora.records import Record, round_record, summary_record
 from fedlora.resume import CHECKPOINTS, Resumed
 from fedlora.robust import warning
 from fedlora.runlog import append_record, create_run, model_card, versions, write_json
-from fedlora.settings import round_size
+from fedlora.settings import round_size, shares_metrics
 
 Watch: TypeAlias = Callable[[str, Mapping[str, Any]], None]
 Note: TypeAlias = Callable[[Step | None], None]
@@ -144,6 +145,7 @@ def _keep(folder: Path, step: Step, done: _Done) -> None:
     best = done.best[2] if done.best else {}
     notes = {"best": list(done.best[:2]) if done.best else []}
     save_checkpoint(folder / CHECKPOINTS, Checkpoint(step.round, step.loops, best, notes))
+    close_all(folder / LEDGERS, step.round)
 
 
 def _notes(job: Job, clients: int, place: Mapping[str, Any]) -> list[str]:
@@ -172,7 +174,7 @@ def _evaluated(
         if name == GLOBAL:
             shared = evaluate(model, data.evaluation, rows, batch)
         for client in data.heldout if name == GLOBAL else [name]:
-            if data.heldout[client].size:
+            if data.heldout[client].size and shares_metrics(config.privacy):
                 heldout[client] = evaluate(model, data.train, data.heldout[client], batch)
     for scores in (shared, *heldout.values()):
         if scores is not None and not math.isfinite(scores.loss):

@@ -21,9 +21,9 @@ from fedlora.modes import Step
 Record: TypeAlias = dict[str, Any]
 SECONDS = ("compute", "evaluate", "aggregate", "total")
 FIGURES = (  # that every client reports of its training
-    "train_loss", "steps", "learning_rate_first", "learning_rate_last", "seconds_compute",
-    "seconds_evaluate",
+    "steps", "learning_rate_first", "learning_rate_last", "seconds_compute", "seconds_evaluate",
 )  # fmt: skip
+OPTIONAL = ("train_loss", "epsilon")  # the loss is private, and epsilon is of private training
 KINDS = ("evaluation", "heldout")  # what it may have evaluated on, each with all of the SCORES
 SCORES = ("accuracy", "macro_f1", "loss", "examples")
 
@@ -50,7 +50,8 @@ def round_record(
         result.client: {
             "examples": result.examples,
             "steps": int(result.metrics["steps"]),
-            "train_loss": result.metrics["train_loss"],
+            "train_loss": result.metrics.get("train_loss"),
+            **{key: result.metrics[key] for key in ("epsilon",) if key in result.metrics},
             "evaluation": _scores(result.metrics, "evaluation"),
             "heldout": _scores(result.metrics, "heldout"),
             "global_heldout": _recorded(heldout.get(result.client)),
@@ -127,6 +128,12 @@ def summary_record(
     }
 
 
+def known_losses(record: Mapping[str, Any]) -> list[float]:
+    """The training losses that the clients of a round let out."""
+    losses = [client["train_loss"] for client in record.get("clients", {}).values()]
+    return [loss for loss in losses if loss is not None]
+
+
 def peak_memory() -> int:
     """The largest memory of the process so far, with the GPU's where there is one, in bytes."""
     status = Path("/proc/self/status")  # getrusage begins at the size of the parent process
@@ -139,7 +146,7 @@ def peak_memory() -> int:
 
 def _gap(record: Record) -> float | None:
     """Evaluation loss minus mean training loss of the last round: the sign of overfitting."""
-    losses = [client["train_loss"] for client in record.get("clients", {}).values()]
+    losses = known_losses(record)
     if not losses or not record.get("global"):
         return None
     return float(record["global"]["loss"] - sum(losses) / len(losses))

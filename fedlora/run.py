@@ -16,6 +16,7 @@ from fedlora.config import Config
 from fedlora.data import read_silos, tokenised
 from fedlora.model import configured_model, longest_input, read_adapter
 from fedlora.modes import for_mode, merge_policy, steps
+from fedlora.privacy.ledger import LEDGERS
 from fedlora.recording import Job, Watch, recording, run_folder
 from fedlora.resume import Resumed
 from fedlora.rules import Plan, get_rule
@@ -59,7 +60,7 @@ def execute(job: Job, watch: Watch = lambda event, facts: None) -> Path:
     on.
     """
     config, data = for_mode(job.config, job.data)
-    fit = _watched(make_fit(job.model, data, config), watch)
+    fit = _watched(make_fit(job.model, data, config, job.folder / LEDGERS), watch)
     checkpoint = job.resumed.checkpoint if job.resumed else None
     with recording(job, watch) as note:
         if checkpoint is None:

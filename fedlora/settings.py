@@ -233,6 +233,31 @@ class FlowerSettings:
 
 
 @dataclass(frozen=True)
+class PrivacySettings:
+    """Differential privacy: what is protected, and how much may be spent in the whole run."""
+
+    unit: str = setting(
+        "none",
+        "what is protected: nothing, or each example of a client, by DP-SGD in its training",
+        choices=("none", "example"),
+    )
+    epsilon: float = setting(8.0, "budget of each client over all rounds", above=0)
+    delta: float = setting(
+        1e-5, "chance that is left out of epsilon; below 1 / rows", above=0, high=0.1
+    )
+    clip: float = setting(1.0, "largest norm of an example's gradient", above=0)
+    rounds: int = setting(
+        0, "rounds that a client takes part in, for which noise is planned; 0: run.rounds", low=0
+    )
+    accountant: Literal["pld", "rdp"] = setting(
+        "pld", "how epsilon is composed: pld is tighter, rdp faster", choices=("pld", "rdp")
+    )
+    share_metrics: bool = setting(
+        False, "let figures on private rows (training loss, held-out scores) out, unprotected"
+    )
+
+
+@dataclass(frozen=True)
 class EvaluateSettings:
     """When and on how much to evaluate."""
 
@@ -245,3 +270,15 @@ class EvaluateSettings:
 def round_size(clients: int, participation: float) -> int:
     """How many of the clients take part in a round: ceil(participation * K), at least one."""
     return max(1, math.ceil(participation * clients - 1e-9))
+
+
+def steps_per_round(settings: ClientSettings, rows: int) -> int:
+    """Optimiser steps of a client with so many rows: `steps`, or enough for `epochs` passes."""
+    if settings.epochs == 0:
+        return settings.steps
+    return max(1, round(settings.epochs * math.ceil(rows / settings.batch)))
+
+
+def shares_metrics(privacy: PrivacySettings) -> bool:
+    """Whether figures on a client's own rows may leave it."""
+    return privacy.unit != "example" or privacy.share_metrics

@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from fedlora.config import Config, anchored, make_config, parse_overrides
 from fedlora.hints import near
+from fedlora.settings import shares_metrics
 
 KEYS = ("name", "seeds", "tune", "tune_seeds", "methods", "cases")
 TUNING = {"evaluate.clients": False, "evaluate.every": 10**6, "evaluate.limit": 1}
@@ -232,6 +233,13 @@ def _check(sweep: Sweep, tune: Sequence[str]) -> None:
         raise ValueError(f"seed {both[0]} is in seeds and in tune_seeds: tune on other seeds")
     for method, case in sweep.groups:
         trials = sweep.tuning_trials(method, case)
-        if trials and trials[0].config.data.holdout == 0:
-            raise ValueError("sweep.tune needs data.holdout above 0: it chooses on held-out rows")
+        if trials and not _scores_heldout(trials[0].config):
+            raise ValueError(
+                "sweep.tune needs data.holdout above 0, and with privacy privacy.share_metrics: it "
+                "chooses on held-out rows"
+            )
         sweep.trials(method, case, sweep.sole_point(method))
+
+
+def _scores_heldout(config: Config) -> bool:
+    return config.data.holdout > 0 and shares_metrics(config.privacy)

@@ -55,8 +55,9 @@ class Bench:
         plan: Plan = ALL,
         adapter: Adapter | None = None,
         state: ClientState | None = None,
+        ledgers: Path | None = None,
     ) -> ClientResult:
-        run = make_fit(self.model, self.data, self.config)
+        run = make_fit(self.model, self.data, self.config, ledgers)
         return run(client, round, plan, adapter or self.start, state or ClientState())
 
     def reference(self, client: str = "0", rounds: int = 1, parts: Iterable[Part] = PARTS,

@@ -8,8 +8,8 @@ from itertools import chain, islice, pairwise
 import numpy as np
 import pytest
 
-from fedlora.client import batches, learning_rate, steps_per_round
-from fedlora.settings import ClientSettings
+from fedlora.client import batches, learning_rate
+from fedlora.settings import ClientSettings, steps_per_round
 
 ROWS = np.arange(100, 157)  # 57 rows, none of them its own number
 LENGTHS = np.random.default_rng(0).integers(3, 60, 200)

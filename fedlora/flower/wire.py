@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.adapter import Adapter, Part, flatten
-from fedlora.records import FIGURES, KINDS, SCORES
+from fedlora.records import FIGURES, KINDS, OPTIONAL, SCORES
 from fedlora.rounds import Failure, Opened, Reply
 from fedlora.rules import Plan
 
@@ -213,7 +213,8 @@ def _figures(record: MetricRecord) -> dict[str, float]:
     """The figures that a round's record is made of, all of them; what else is there is left out."""
     kinds = [kind for kind in KINDS if any(name.startswith(f"{kind}.") for name in record)]
     figures: dict[str, float] = {}
-    for name in [*FIGURES, *(f"{kind}.{score}" for kind in kinds for score in SCORES)]:
+    given = [name for name in OPTIONAL if name in record]
+    for name in [*FIGURES, *given, *(f"{kind}.{score}" for kind in kinds for score in SCORES)]:
         value = record.get(name)
         if not isinstance(value, float) or not abs(value) < LARGEST:
             raise WireError("metrics", f"{name} = {value!r} is no number below {LARGEST:g}")

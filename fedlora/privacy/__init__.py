@@ -1,0 +1,1 @@
+"""Differential privacy: mechanisms, noise, accounting, and a ledger of what was spent."""

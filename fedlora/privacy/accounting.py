@@ -1,0 +1,131 @@
+"""What mechanisms cost and how much noise a budget asks for: the border to dp-accounting.
+
+Everything is for neighbours by adding or removing one unit (an example, or a client).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from typing import Any, Literal, TypeAlias
+
+Accountant: TypeAlias = Literal["pld", "rdp"]
+CLOSE = 1e-3  # the noise found for a budget spends at least 1 - CLOSE of it
+
+
+@dataclass(frozen=True, order=True)
+class Mechanism:
+    """Gaussian noise on a sum: `noise` is its standard deviation over the sum's sensitivity.
+
+    `sampling` is the rate at which each step draws each unit by itself (Poisson; 1: all of them),
+    `steps` how often this is done.
+    """
+
+    noise: float
+    steps: int = 1
+    sampling: float = 1.0
+
+
+def epsilon(spent: Iterable[Mechanism], delta: float, accountant: Accountant = "pld") -> float:
+    """The epsilon at `delta` of all mechanisms together, an upper bound; infinite without noise.
+
+    `pld` composes privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022), `rdp`
+    Renyi divergences (Mironov 2017), which is faster and never much better.
+    """
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must lie between 0 and 1, got {delta}")
+    steps: Counter[tuple[float, float]] = Counter()
+    for one in spent:
+        steps[one.noise, one.sampling] += one.steps
+    return _epsilon(tuple(sorted((n, q, t) for (n, q), t in steps.items() if t)), delta, accountant)
+
+
+@lru_cache(maxsize=4096)
+def noise_for(
+    epsilon: float, delta: float, steps: int, sampling: float = 1.0, accountant: Accountant = "pld"
+) -> float:
+    """Noise that spends the budget in `steps` to within 0.1 %, and never more than it.
+
+    ValueError for a budget that no noise keeps.
+    """
+    if not (epsilon > 0 and 0 < delta < 1 and 0 < sampling <= 1 and steps > 0):
+        raise ValueError(
+            f"epsilon {epsilon}, delta {delta}, sampling rate {sampling} and steps {steps} must be "
+            "above 0, delta below 1, the rate at most 1"
+        )
+
+    def spends(noise: float) -> float:
+        return _epsilon(((noise, sampling, steps),), delta, accountant)
+
+    noise = _rough_noise(epsilon, delta, steps, sampling)
+    spent, slope = spends(noise), -1.5  # of log epsilon over log noise, for a start
+    for _ in range(50):
+        if epsilon * (1 - CLOSE) <= spent <= epsilon:
+            return noise
+        last, cost = noise, spent
+        aim = epsilon * (1 - CLOSE / 2)
+        noise *= min(4.0, max(0.25, (aim / spent) ** (1 / slope))) if spent > 0 else 0.25
+        spent = spends(noise)
+        if spent > 0 and cost > 0 and not math.isclose(noise, last, rel_tol=1e-9):
+            slope = min(-0.1, math.log(spent / cost) / math.log(noise / last))
+    raise ValueError(f"no noise was found that keeps epsilon {epsilon} at delta {delta}")
+
+
+def gaussian_delta(epsilon: float, noise: float) -> float:
+    """The exact delta of one Gaussian mechanism (Balle and Wang 2018, 1805.06530, theorem 8)."""
+    a, b = 1 / (2 * noise), epsilon * noise
+    return _phi(a - b) - math.exp(epsilon + _log_phi(-a - b))
+
+
+def _phi(x: float) -> float:
+    return 0.5 * math.erfc(-x / math.sqrt(2))
+
+
+def _log_phi(x: float) -> float:
+    """log of the normal distribution function; by its tail where that is below 1e-300."""
+    value = _phi(x)
+    return math.log(value) if value > 0 else -x * x / 2 - math.log(-x * math.sqrt(2 * math.pi))
+
+
+def _rough_noise(epsilon: float, delta: float, steps: int, sampling: float) -> float:
+    """Where to look for the noise: by Renyi divergence, which takes milliseconds."""
+    noise = 1.0
+    while _epsilon(((noise, sampling, steps),), delta, "rdp") > epsilon and noise < 1e9:
+        noise *= 1.5
+    while _epsilon(((noise / 1.1, sampling, steps),), delta, "rdp") <= epsilon and noise > 1e-3:
+        noise /= 1.1
+    return noise
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(
+    spent: tuple[tuple[float, float, int], ...], delta: float, accountant: Accountant
+) -> float:
+    if not spent:
+        return 0.0
+    if any(noise <= 0 for noise, _, _ in spent):
+        return math.inf
+    library = _library()
+    name, kind = ("pld", "PLDAccountant") if accountant == "pld" else ("rdp", "RdpAccountant")
+    keeper = getattr(import_module(f"dp_accounting.{name}"), kind)()
+    for noise, sampling, steps in spent:
+        event = library.GaussianDpEvent(noise)
+        if sampling < 1:
+            event = library.PoissonSampledDpEvent(sampling, event)
+        keeper.compose(library.SelfComposedDpEvent(event, steps))
+    return float(keeper.get_epsilon(delta))
+
+
+def _library() -> Any:
+    """dp-accounting, without its warnings about orders that it leaves out."""
+    try:
+        library = import_module("dp_accounting")
+    except ImportError as error:
+        raise ValueError("privacy needs its accountant: pip install 'fedlora[privacy]'") from error
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    return library

@@ -1,0 +1,72 @@
+"""Example-level privacy of a client's training: what a round costs, charged before it is trained.
+
+The default unit: each example of a client is protected from everybody who sees what leaves it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlora.config import Config
+from fedlora.privacy.accounting import Mechanism, noise_for
+from fedlora.privacy.ledger import SUFFIX, Terms, intend, read_ledger
+from fedlora.settings import steps_per_round
+
+UNIT = "example"
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """The budgets of the clients whose ledgers are in `folder`: every client has all of epsilon.
+
+    Clients hold different rows, so that their epsilons do not add up: the run's is the largest.
+    """
+
+    config: Config
+    folder: Path
+
+    def mechanism(self, rows: int) -> Mechanism:
+        """A round's training on so many rows: noise that spends epsilon in all planned rounds.
+
+        ValueError for a delta that would let some example through: 1 / rows or more.
+        """
+        return planned_round(self.config, rows)
+
+    def charge(self, client: str, round: int, rows: int) -> Mechanism:
+        """The mechanism of this round, written to the client's ledger and synced.
+
+        ValueError, with nothing charged, where the budget is spent.
+        """
+        mechanism = self.mechanism(rows)
+        intend(ledger_path(self.folder, client), terms(self.config, client), round, mechanism)
+        return mechanism
+
+    def spent(self, client: str) -> float:
+        """The client's epsilon so far."""
+        return read_ledger(ledger_path(self.folder, client)).spent
+
+
+def ledger_path(folder: Path, client: str) -> Path:
+    """Where the ledger of a client is."""
+    return folder / f"{client}{SUFFIX}"
+
+
+def terms(config: Config, client: str) -> Terms:
+    """What a client's ledger is opened with."""
+    privacy = config.privacy
+    return Terms(client, UNIT, privacy.epsilon, privacy.delta, privacy.accountant)
+
+
+def planned_round(config: Config, rows: int) -> Mechanism:
+    """A round's training on so many rows, with noise for all rounds that are planned."""
+    privacy, client = config.privacy, config.client
+    if privacy.delta * rows >= 1:
+        raise ValueError(
+            f"privacy.delta = {privacy.delta:g} lets one of {rows} examples through unprotected: "
+            f"take less than 1 / rows, such as {0.1 / rows:.1g}"
+        )
+    rate = min(1.0, client.batch / rows)
+    steps, rounds = steps_per_round(client, rows), privacy.rounds or config.run.rounds
+    noise = noise_for(privacy.epsilon, privacy.delta, steps * rounds, rate, privacy.accountant)
+    return Mechanism(noise, steps, rate)

@@ -1,0 +1,191 @@
+"""What was spent, on disk: an append-only file of hashed lines, one ledger for each data owner.
+
+An intent is written and synced before any noise is drawn, and closed when what came of it is safe.
+Every intent counts, closed or not: a crash can waste budget, never hide what was spent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlora.files import locked, sync_folder
+from fedlora.privacy.accounting import Accountant, Mechanism, epsilon
+
+LEDGERS, SUFFIX = "ledgers", ".ledger"  # where a run has them, and what they end in
+OPENED, INTENT, CLOSED = "opened", "intent", "closed"
+START = "0" * 64
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a ledger is about and may spend: never changed once its first line is written.
+
+    `unit` is what neighbouring data sets differ in by one: an `example` or a `client`.
+    """
+
+    owner: str
+    unit: str
+    epsilon: float
+    delta: float
+    accountant: Accountant = "pld"
+
+
+@dataclass(frozen=True)
+class Intent:
+    """Noise that was meant to be drawn in a round, and whether what came of it was kept."""
+
+    round: int
+    mechanism: Mechanism
+    closed: bool = False
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """A ledger as read: its terms, every intent so far, the hash of its last line."""
+
+    path: Path
+    terms: Terms
+    intents: Sequence[Intent] = ()
+    head: str = START
+    size: int = field(default=0, repr=False)  # bytes of whole lines
+
+    @property
+    def spent(self) -> float:
+        """Epsilon of all intents, at the ledger's delta."""
+        return self._epsilon([])
+
+    def after(self, mechanism: Mechanism) -> float:
+        """What epsilon would be with this mechanism too."""
+        return self._epsilon([mechanism])
+
+    def _epsilon(self, more: Sequence[Mechanism]) -> float:
+        every = [intent.mechanism for intent in self.intents] + list(more)
+        return epsilon(every, self.terms.delta, self.terms.accountant)
+
+
+def read_ledger(path: Path) -> Ledger:
+    """The ledger in a file; ValueError, with the line, where it was edited or is not whole.
+
+    A last line that a crash cut short was never synced, so that nothing was drawn for it: it is
+    left out, and overwritten by the next one.
+    """
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    ledger: Ledger | None = None
+    for number, text in enumerate(whole.splitlines(), start=1):
+        try:
+            entry = json.loads(text)
+            ledger = _followed(path, ledger, entry)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: this ledger was edited or damaged ({error}); what was "
+                "spent is not known any more: restore the file, or count its data's budget as gone"
+            ) from None
+    if ledger is None:
+        raise ValueError(f"{path} is empty: it is no ledger")
+    return Ledger(path, ledger.terms, ledger.intents, ledger.head, len(whole))
+
+
+def open_ledger(path: Path, terms: Terms) -> Ledger:
+    """The ledger in the file, made with these terms where there is none yet.
+
+    ValueError where it has other terms: a budget is not changed by starting again.
+    """
+    if not path.exists() or not path.stat().st_size:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _append(Ledger(path, terms), {"kind": OPENED, **asdict(terms)})
+    ledger = read_ledger(path)
+    for name, value in asdict(terms).items():
+        before = getattr(ledger.terms, name)
+        if before != value:
+            raise ValueError(
+                f"{path} was opened with {name} = {before!r}, this run has {value!r}: a budget "
+                "stands once it is opened; set it back, or start a new run"
+            )
+    return ledger
+
+
+def intend(path: Path, terms: Terms, round: int, mechanism: Mechanism) -> Ledger:
+    """Charges the mechanism before anything is drawn, synced to disk; the ledger after it.
+
+    ValueError, with nothing charged, where it would go beyond the budget.
+    """
+    ledger = open_ledger(path, terms)
+    with locked(path.parent):
+        ledger = read_ledger(path)
+        after = ledger.after(mechanism)
+        if after > terms.epsilon:
+            raise ValueError(
+                f"{terms.owner}: the privacy budget is spent: round {round} would bring epsilon "
+                f"from {ledger.spent:.4g} to {after:.4g}, allowed are {terms.epsilon:g} "
+                f"({len(ledger.intents)} intents in {path}); nothing was drawn"
+            )
+        return _append(ledger, {"kind": INTENT, "round": round, **asdict(mechanism)})
+
+
+def close(path: Path, round: int) -> Ledger:
+    """Notes that what came of this round's intents is safe; without any, nothing is written."""
+    with locked(path.parent):
+        ledger = read_ledger(path)
+        if any(one.round == round and not one.closed for one in ledger.intents):
+            return _append(ledger, {"kind": CLOSED, "round": round})
+        return ledger
+
+
+def close_all(folder: Path, round: int) -> None:
+    """Closes this round's intents in every ledger of a folder, if there are any."""
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        close(path, round)
+
+
+def _append(ledger: Ledger, entry: Mapping[str, Any]) -> Ledger:
+    """The ledger with one line more, on disk before this returns."""
+    linked = {**entry, "previous": ledger.head}
+    line = {**linked, "hash": _hash(linked)}
+    with ledger.path.open("r+b" if ledger.path.exists() else "w+b") as file:
+        file.truncate(ledger.size)
+        file.seek(ledger.size)
+        file.write(json.dumps(line).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    if not ledger.size:
+        sync_folder(ledger.path.parent)
+    before = None if ledger.head == START else ledger
+    found = _followed(ledger.path, before, line)
+    return Ledger(found.path, found.terms, found.intents, found.head, size)
+
+
+def _followed(path: Path, ledger: Ledger | None, entry: Mapping[str, Any]) -> Ledger:
+    """The ledger with this line, which must carry the hash of all before it."""
+    before = ledger.head if ledger else START
+    rest = {key: value for key, value in entry.items() if key != "hash"}
+    if entry["previous"] != before or entry["hash"] != _hash(rest):
+        raise ValueError("its hash does not fit")
+    facts = {key: value for key, value in rest.items() if key not in ("kind", "previous")}
+    kind = entry["kind"]
+    if ledger is None:
+        if kind != OPENED:
+            raise ValueError(f"it begins with {kind!r}")
+        return Ledger(path, Terms(**facts), (), entry["hash"])
+    if kind == INTENT:
+        made = Intent(facts.pop("round"), Mechanism(**facts))
+        return Ledger(path, ledger.terms, (*ledger.intents, made), entry["hash"])
+    if kind == CLOSED:
+        done = tuple(
+            Intent(one.round, one.mechanism, one.closed or one.round == facts["round"])
+            for one in ledger.intents
+        )
+        return Ledger(path, ledger.terms, done, entry["hash"])
+    raise ValueError(f"{kind!r} is no kind of line")
+
+
+def _hash(entry: Mapping[str, Any]) -> str:
+    """SHA-256 of a line without its hash, in one form whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
