@@ -1,0 +1,241 @@
+"""Client-level privacy on a trusted server: whole updates clipped, summed, noised, then merged.
+
+Neighbours: one client's update replaced by zero, who takes part being public. McMahan et al. 2018
+(1710.06963) with a fixed denominator and uniform weights, in the space of the increments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import (
+    Adapter,
+    ClientResult,
+    Factors,
+    change,
+    converted,
+    mix,
+    precise,
+)
+from fedlora.lowrank import Gauge, truncate
+from fedlora.policy import Policy
+from fedlora.privacy.accounting import Mechanism
+from fedlora.privacy.ledger import Terms, intend
+from fedlora.privacy.noise import gaussian
+from fedlora.rules import Rule
+from fedlora.server import ServerState
+from fedlora.sums import EXCHANGES, Exchange, Message, weighted
+
+Design: TypeAlias = Literal["increment", "rows", "core", "power", "sketch"]
+CLIP = "clip"  # in the server's memory: the clip in force
+HIDDEN = 1e-12  # of the terms: more than rounding makes of them in any of the sums here
+COUNT_SHARE = 0.05  # of the squared budget, for the count that moves the clip
+
+
+@dataclass(frozen=True)
+class Noising:
+    """How updates are made private: the clip, the noise for all of a round, who divides.
+
+    `noise` is that of the whole round, as if it were one Gaussian of sensitivity 1: two messages
+    and the count of the clip share it. `clients` is the fixed denominator, the number that is asked
+    in a round, whoever answers. `quantile` above 0 moves the clip towards that quantile of the
+    norms (Andrew et al. 2021, 1905.03871) at `rate`.
+    """
+
+    design: Design
+    noise: float
+    clients: int
+    clip: float
+    quantile: float = 0.0
+    rate: float = 0.2
+
+    @property
+    def message_noise(self) -> float:
+        """Noise of each message over the clip in force."""
+        messages = EXCHANGES[self.design].messages
+        share = 1 - COUNT_SHARE if self.quantile else 1.0
+        return self.noise * math.sqrt(messages / share)
+
+    @property
+    def count_noise(self) -> float:
+        """Noise of the count of small updates over its sensitivity, which is 1/2 about 1/2."""
+        return self.noise / math.sqrt(COUNT_SHARE)
+
+    @property
+    def mechanisms(self) -> list[Mechanism]:
+        """What a round costs, each charged apart."""
+        found = [Mechanism(self.message_noise, EXCHANGES[self.design].messages)]
+        return found + ([Mechanism(self.count_noise)] if self.quantile else [])
+
+
+@dataclass(frozen=True)
+class PrivateMerge:
+    """The server's half of a round under client-level privacy, in place of `server.aggregate`."""
+
+    noising: Noising
+    ledger: Path
+    terms: Terms
+    seed: int
+
+    def __call__(
+        self,
+        rule: Rule,
+        state: ServerState,
+        results: Sequence[ClientResult],
+        round: int,
+        policy: Policy,
+    ) -> ServerState:
+        """Charges the round, then merges; nothing that was not noised is left in the state.
+
+        ValueError, with nothing drawn, where the budget is spent.
+        """
+        for mechanism in self.noising.mechanisms:
+            intend(self.ledger, self.terms, round, mechanism)
+        clip = state.memory.get(CLIP, self.noising.clip)
+        ordered = sorted(results, key=lambda result: result.client)
+        updates = [update(state.adapter, result.adapter) for result in ordered]
+        norms = [update_norm(one) for one in updates]
+        factors = [clip_factor(norm, clip) / self.noising.clients for norm in norms]
+        sigma = self.noising.message_noise * clip / self.noising.clients
+        adapter = self._merged(rule, state.adapter, updates, factors, sigma, round)
+        memory = {**state.memory, CLIP: clip}
+        if self.noising.quantile:
+            memory[CLIP] = self._next_clip(clip, norms)
+        return ServerState(adapter, memory)
+
+    def _merged(
+        self,
+        rule: Rule,
+        before: Adapter,
+        updates: Sequence[Adapter],
+        factors: Sequence[float],
+        sigma: float,
+        round: int,
+    ) -> Adapter:
+        exchange = EXCHANGES[self.noising.design]
+        layers = {}
+        for name, start in before.layers.items():
+            prev = precise(start)
+            scaled = [
+                weighted(_layer(one, name, prev), f)
+                for one, f in zip(updates, factors, strict=True)
+            ]
+            added = noised_sum(exchange, prev, scaled, sigma * exchange.stretch, self.seed + round)
+            merged = joined(self.noising.design, rule, prev, added)
+            layers[name] = converted(merged, torch.float32, "cpu")
+        dense = {
+            name: _noised_dense(tensor, [one.dense[name] for one in updates], factors, sigma)
+            for name, tensor in before.dense.items()
+        }
+        return replace(before, layers=layers, dense=dense)
+
+    def _next_clip(self, clip: float, norms: Sequence[float]) -> float:
+        """C exp(-rate (share below C, noised, minus the quantile)), as a bit per client about 1/2.
+
+        A client that did not answer adds nothing: the count is about half of the fixed number.
+        """
+        bits = sum(0.5 if norm <= clip else -0.5 for norm in norms)
+        noised = bits + 0.5 * self.noising.count_noise * float(gaussian(1)[0])
+        below = 0.5 + noised / self.noising.clients
+        return clip * math.exp(-self.noising.rate * (below - self.noising.quantile))
+
+
+def update(before: Adapter, after: Adapter) -> Adapter:
+    """What a client changed: each layer's increment as factors of rank 2 r, dense differences."""
+    layers = {n: change(precise(before.layers[n]), precise(f)) for n, f in after.layers.items()}
+    dense = {n: after.dense[n].double() - tensor.double() for n, tensor in before.dense.items()}
+    return Adapter(layers, dense)
+
+
+def update_norm(moved: Adapter) -> float:
+    """A bound of the Frobenius norm over all increments and dense tensors, never below it.
+
+    From the factors alone: ||s L R|| = s ||T_L T_R^T|| with the triangles of QR, O(r^2 (m + n)). To
+    it comes what rounding can hide where terms of size T cancel, 1e-12 T: a client whose factors
+    are huge and whose increment is small is cut more, never less. Inf where it is not finite.
+    """
+    norms = [_bound(factors) for factors in moved.layers.values()]
+    norms += [float(tensor.norm()) for tensor in moved.dense.values()]
+    return math.hypot(*norms) if all(map(math.isfinite, norms)) else math.inf
+
+
+def clip_factor(norm: float, clip: float) -> float:
+    """min(1, clip / norm); 0 for an update that is not finite, so that it counts as none."""
+    if not math.isfinite(norm):
+        return 0.0
+    return 1.0 if norm <= clip else clip / norm
+
+
+def noised_sum(
+    exchange: Exchange, prev: Factors, updates: Sequence[Factors], sigma: float, seed: int
+) -> Factors:
+    """One layer's sum with noise N(0, sigma^2) on every number of every message."""
+    public = exchange.begin(prev, seed)
+    for _ in range(exchange.messages):
+        messages = [exchange.encode(public, one) for one in updates]
+        blank = {n: torch.zeros_like(t) for n, t in exchange.encode(public, _nothing(prev)).items()}
+        found = exchange.follow(public, _noised([blank, *messages], sigma))
+        if isinstance(found, Factors):
+            return found
+        public = found
+    raise RuntimeError(f"{exchange} did not end after {exchange.messages} messages")
+
+
+def joined(design: Design, rule: Rule, prev: Factors, added: Factors) -> Factors:
+    """The new global factors: post-processing, whatever was noised.
+
+    For `rows` A stays as it is; else the SVD of the sum, in the gauge that the rule was given.
+    """
+    if design == "rows":
+        step = torch.linalg.lstsq(prev.A.mT, added.A.mT, driver="gelsd").solution.mT
+        return Factors(
+            prev.A, prev.B + (added.B @ step) * (added.scaling / prev.scaling), prev.scaling
+        )
+    whole = mix([prev, added], [1.0, 1.0], prev.scaling)
+    gauge = cast(Gauge, rule.options.get("gauge", "balanced"))
+    return truncate(whole, prev.rank, gauge=gauge, previous=prev)
+
+
+def _layer(change: Adapter, name: str, prev: Factors) -> Factors:
+    factors = change.layers[name]
+    finite = bool(torch.isfinite(factors.A).all()) and bool(torch.isfinite(factors.B).all())
+    return factors if finite else _nothing(prev)
+
+
+def _nothing(prev: Factors) -> Factors:
+    return Factors(prev.A[:1], torch.zeros_like(prev.B[:, :1]), prev.scaling)
+
+
+def _noised(messages: Sequence[Message], sigma: float) -> Message:
+    total: dict[str, Tensor] = {}
+    for message in messages:
+        for name, tensor in message.items():
+            total[name] = total[name] + tensor if name in total else tensor
+    return {name: tensor + sigma * _gaussian_like(tensor) for name, tensor in total.items()}
+
+
+def _noised_dense(
+    before: Tensor, changes: Sequence[Tensor], factors: Sequence[float], sigma: float
+) -> Tensor:
+    total = before.double() + sigma * _gaussian_like(before.double())
+    for moved, factor in zip(changes, factors, strict=True):
+        if factor:
+            total = total + factor * moved
+    return total.float().contiguous()
+
+
+def _gaussian_like(tensor: Tensor) -> Tensor:
+    return torch.from_numpy(gaussian(tensor.numel())).view(tensor.shape).to(tensor.device)
+
+
+def _bound(factors: Factors) -> float:
+    left, right = torch.linalg.qr(factors.B, mode="r").R, torch.linalg.qr(factors.A.mT, mode="r").R
+    terms = float(left.norm()) * float(right.norm())
+    return factors.scaling * (float((left @ right.mT).norm()) + HIDDEN * terms)
