@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedlora.cli_privacy import privacy
 from fedlora.cli_report import report
 from fedlora.cli_sweep import sweep
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 
 flower = typer.Typer(no_args_is_help=True, help="Federations across machines, on Flower.")
 app.add_typer(flower, name="flower")
+app.command()(privacy)
 app.command()(report)
 app.command()(sweep)
 

@@ -17,9 +17,9 @@ from fedlora.config import Config
 from fedlora.data import Data
 from fedlora.policy import Head, Policy, Receiver
 from fedlora.robust import fewest
-from fedlora.rounds import Failure
+from fedlora.rounds import Failure, Merge
 from fedlora.rules import Rule, get_rule
-from fedlora.server import plan_round
+from fedlora.server import aggregate, plan_round
 from fedlora.settings import round_size
 from fedlora.simulation import Fit, Progress, Round, Shelve, personal_adapters, simulate
 
@@ -75,14 +75,16 @@ def steps(
     clients: list[str],
     loops: Mapping[str, Progress] | None = None,
     shelve: Shelve = lambda tensors: tensors,
+    merge: Merge = aggregate,
 ) -> Iterator[Step]:
     """Runs the rounds of the config's mode; `clients` are those of `for_mode`'s data.
 
-    With `loops`, those of an earlier step, the rounds after it. `shelve` as in `simulate`.
+    With `loops`, those of an earlier step, the rounds after it. `shelve` and `merge` as in
+    `simulate`.
     """
     loops = loops or {}
     if config.run.mode == "federated":
-        rounds = _federation(config, fit, start, clients, loops.get(GLOBAL), shelve)
+        rounds = _federation(config, fit, start, clients, loops.get(GLOBAL), shelve, merge)
         yield from map(_merged, rounds)
         return
     alone = [_alone(config, fit, start, client, loops.get(client)) for client in clients]
@@ -157,6 +159,7 @@ def _federation(
     clients: list[str],
     progress: Progress | None,
     shelve: Shelve,
+    merge: Merge,
 ) -> Iterator[Round]:
     return simulate(
         _rule(config),
@@ -169,6 +172,7 @@ def _federation(
         policy=merge_policy(config, clients),
         progress=progress,
         shelve=shelve,
+        merge=merge,
     )
 
 

@@ -27,6 +27,7 @@ from fedlora.files import write_text
 from fedlora.model import Model, parameter_counts, save_adapter, save_merged, write_adapter
 from fedlora.modes import GLOBAL, Step, for_mode, loop_adapters
 from fedlora.privacy.ledger import LEDGERS, close_all
+from fedlora.privacy.plan import announce
 from fedlora.records import Record, round_record, summary_record
 from fedlora.resume import CHECKPOINTS, Resumed
 from fedlora.robust import warning
@@ -92,7 +93,7 @@ def recording(job: Job, watch: Watch) -> Iterator[Note]:
     else:
         job.resumed.take_up(job.folder)
     facts = {"folder": job.folder, "clients": sizes, "rounds": job.config.run.rounds}
-    watch("start", {**facts, "notes": _notes(job, len(sizes), place)})
+    watch("start", {**facts, "notes": _notes(job, sizes, place)})
     config, data = for_mode(job.config, job.data)
     done, began = _begun(job), perf_counter()
 
@@ -148,13 +149,14 @@ def _keep(folder: Path, step: Step, done: _Done) -> None:
     close_all(folder / LEDGERS, step.round)
 
 
-def _notes(job: Job, clients: int, place: Mapping[str, Any]) -> list[str]:
+def _notes(job: Job, sizes: Mapping[str, Any], place: Mapping[str, Any]) -> list[str]:
     """What the user should know before the first round."""
     config = job.config
-    a_round = round_size(clients, config.merge.participation)
+    a_round = round_size(len(sizes), config.merge.participation)
     federated = config.run.mode == "federated"
     notes = [warning(config.merge.robust, a_round)] if federated else []
     notes += job.resumed.notes(versions() | dict(place)) if job.resumed else []
+    notes += announce(config, {c: s["train"] for c, s in sizes.items()}, job.start)
     return [note for note in notes if note]
 
 

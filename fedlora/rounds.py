@@ -5,8 +5,9 @@ Engines differ in how messages travel between the halves, and in nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from fedlora.rules import Plan, Rule
 from fedlora.server import ServerState, aggregate, downlink, plan_round, receive, sample_clients
 
 MOST = 2**53  # examples that a client may report: larger weights are no longer exact
+Merge: TypeAlias = Callable[[Rule, ServerState, Sequence[ClientResult], int, Policy], ServerState]
 FAILED = "failed_rounds"  # in the server's memory: rounds in a row that too few clients answered
 
 
@@ -98,12 +100,14 @@ def close_round(
     state: ServerState,
     replies: Iterable[Reply | Failure],
     policy: Policy,
+    merge: Merge = aggregate,
 ) -> Closed:
     """Checks every reply, merges the good ones, and names the others.
 
     Fewer than `policy.min_clients` good replies (0: all that were asked) leave the adapter as it is
     to the bit; after `policy.max_failed_rounds` such rounds in a row FederationError ends the run.
-    The order of replies does not matter; a client that answers twice is left out.
+    The order of replies does not matter; a client that answers twice is left out. `merge` takes the
+    place of `aggregate` where what is merged must be private.
     """
     results: dict[str, ClientResult] = {}
     sizes: dict[str, int] = {}
@@ -129,7 +133,7 @@ def close_round(
     received = sum(sizes[client] for client in results)
     if len(good) < (policy.min_clients or len(opened.messages)):
         return Closed(_failed(opened, state, good, failures, policy), good, failures, received)
-    merged = aggregate(rule, state, good, opened.round, policy)
+    merged = merge(rule, state, good, opened.round, policy)
     merged = replace(merged, memory={**merged.memory, FAILED: 0.0})
     return Closed(merged, good, failures, received)
 

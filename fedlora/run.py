@@ -17,6 +17,8 @@ from fedlora.data import read_silos, tokenised
 from fedlora.model import configured_model, longest_input, read_adapter
 from fedlora.modes import for_mode, merge_policy, steps
 from fedlora.privacy.ledger import LEDGERS
+from fedlora.privacy.plan import check as check_privacy
+from fedlora.privacy.plan import merge_for
 from fedlora.recording import Job, Watch, recording, run_folder
 from fedlora.resume import Resumed
 from fedlora.rules import Plan, get_rule
@@ -48,6 +50,7 @@ def prepare(config: Config, resumed: Resumed | None = None) -> Job:
     if config.run.mode == "federated":
         rehearse(get_rule(config.merge.rule, **config.merge.options), start)
         merge_policy(config, sorted(silos.parts))
+    check_privacy(config)
     data = tokenised(config, silos, model.tokenizer)
     return Job(config, data, model, start, resumed)
 
@@ -69,7 +72,8 @@ def execute(job: Job, watch: Watch = lambda event, facts: None) -> Path:
         replies = round_size(len(clients), config.merge.participation)
         expected = replies * byte_count(flatten(job.start))
         shelve = shelf(job.folder, expected, config.run.replies_mb * 10**6)
-        for step in steps(config, fit, job.start, clients, loops, shelve):
+        merge = merge_for(config, len(clients), job.folder / LEDGERS)
+        for step in steps(config, fit, job.start, clients, loops, shelve, merge):
             note(step)
     return job.folder
 

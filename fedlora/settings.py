@@ -238,14 +238,29 @@ class PrivacySettings:
 
     unit: str = setting(
         "none",
-        "what is protected: nothing, or each example of a client, by DP-SGD in its training",
-        choices=("none", "example"),
+        "what is protected: nothing; each example of a client, by DP-SGD in its training; each "
+        "client as a whole, by noise on a trusted server",
+        choices=("none", "example", "client"),
     )
     epsilon: float = setting(8.0, "budget of each client over all rounds", above=0)
     delta: float = setting(
         1e-5, "chance that is left out of epsilon; below 1 / rows", above=0, high=0.1
     )
-    clip: float = setting(1.0, "largest norm of an example's gradient", above=0)
+    clip: float = setting(
+        1.0, "largest norm of an example's gradient, or of a client's update", above=0
+    )
+    design: Literal["increment", "rows", "core", "power", "sketch"] = setting(
+        "increment",
+        "of client-level noise: on what of an update it is put",
+        choices=("increment", "rows", "core", "power", "sketch"),
+    )
+    quantile: float = setting(
+        0.0, "of clients' norms that the clip moves towards, for a share of the budget; 0: fixed",
+        low=0, high=0.99,
+    )  # fmt: skip
+    accept_noise: bool = setting(
+        False, "run client-level privacy where its noise drowns the updates"
+    )
     rounds: int = setting(
         0, "rounds that a client takes part in, for which noise is planned; 0: run.rounds", low=0
     )

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter, ClientResult, ClientState, byte_count, copied, flatten, overlay
 from fedlora.policy import PLAIN, Policy, cut_for
-from fedlora.rounds import Failure, Opened, Reply, close_round, open_round
+from fedlora.rounds import Failure, Merge, Opened, Reply, close_round, open_round
 from fedlora.rules import Plan, Rule
-from fedlora.server import ServerState
+from fedlora.server import ServerState, aggregate
 
 Fit: TypeAlias = Callable[[str, int, Plan, Adapter, ClientState], ClientResult]
 Shelve: TypeAlias = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -73,6 +73,7 @@ def simulate(
     policy: Policy = PLAIN,
     progress: Progress | None = None,
     shelve: Shelve = lambda tensors: tensors,
+    merge: Merge = aggregate,
 ) -> Iterator[Round]:
     """Runs the rounds up to `rounds` one after another and yields each as it ends.
 
@@ -80,7 +81,8 @@ def simulate(
     client's failure. Clients run in sorted order; as `fit` depends on its arguments alone, any
     order gives the same bits. Client state stays in a dict here. With `progress` the rounds after
     it are run, to the same bits as without the pause. `shelve` puts a reply's tensors where they
-    wait for the others (out of memory, for many clients). FederationError as in `close_round`.
+    wait for the others (out of memory, for many clients). `merge` and FederationError as in
+    `close_round`.
     """
     state, states, done = ServerState(start), dict[str, ClientState](), 0
     if progress is not None:
@@ -93,7 +95,7 @@ def simulate(
         replies = [_answer(fit, opened, client, states, shelve) for client in opened.messages]
         states |= {reply.client: reply.state for reply in replies if isinstance(reply, Reply)}
         began = perf_counter()
-        closed = close_round(rule, opened, state, replies, policy)
+        closed = close_round(rule, opened, state, replies, policy, merge)
         elapsed = perf_counter() - began
         state = closed.state
         yield Round(

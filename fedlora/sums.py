@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Factors, flatten, mix, overlay
+from fedlora.adapter import Adapter, Factors, flatten, increment, mix, overlay, rescaled
 from fedlora.rules import Plan
 from fedlora.seeding import derive
 
@@ -67,7 +67,7 @@ class Increment:
 
     def encode(self, public: Public, update: Factors) -> Message:
         """delta W, dense."""
-        return {"D": update.scaling * (update.B @ update.A)}
+        return {"D": increment(update)}
 
     def follow(self, public: Public, total: Message) -> Factors:
         """The sum, as factors of full rank."""
@@ -147,7 +147,7 @@ class Power:
     def encode(self, public: Public, update: Factors) -> Message:
         """D V, then Q^T D."""
         if "Q" in public:
-            return {"Z": update.scaling * (public["Q"].mT @ update.B) @ update.A}
+            return {"Z": against(public["Q"], update)}
         return {"Y": moved(update, public["V"])}
 
     def follow(self, public: Public, total: Message) -> Public | Factors:
@@ -180,7 +180,7 @@ class Warm:
     def encode(self, public: Public, update: Factors) -> Message:
         """Y, Z and the test columns; in a second message Z alone."""
         left = public.get("Q", public.get("U"))
-        Z = {} if left is None else {"Z": update.scaling * (left.mT @ update.B) @ update.A}
+        Z = {} if left is None else {"Z": against(left, update)}
         if "Q" in public:
             return Z
         return {"Y": moved(update, public["V"]), "test": moved(update, public["T"]), **Z}
@@ -259,7 +259,14 @@ def linear_merge(total: Message, previous: Adapter) -> Adapter:
 
 def moved(update: Factors, columns: Float64[Tensor, "n c"]) -> Float64[Tensor, "m c"]:
     """D times some columns, in O((m + n) r c)."""
-    return update.scaling * (update.B @ (update.A @ columns))
+    plain = rescaled(update, 1.0)
+    return plain.B @ (plain.A @ columns)
+
+
+def against(columns: Float64[Tensor, "m c"], update: Factors) -> Float64[Tensor, "c n"]:
+    """Some columns' transpose times D, in O((m + n) r c)."""
+    plain = rescaled(update, 1.0)
+    return (columns.mT @ plain.B) @ plain.A
 
 
 def weighted(update: Factors, weight: float) -> Factors:

@@ -27,8 +27,9 @@ from fedlora.flower.wire import Order, WireError, shapes_of, tensors_of
 from fedlora.model import Model, configured_model, read_adapter
 from fedlora.modes import merge_policy
 from fedlora.policy import cut_for
+from fedlora.privacy.ledger import LEDGERS, SUFFIX, close_all, read_ledger
 
-LIMITS = ("max-rounds", "min-examples", "rules", "base")
+LIMITS = ("max-rounds", "min-examples", "rules", "base", "epsilon")
 KEYS = ("name", "partition-id", "num-partitions", "data", "evaluate", "state", *LIMITS)
 KEPT = 3  # states of a client on its disk: after a damaged checkpoint two rounds are repeated
 
@@ -105,6 +106,8 @@ def refusal(node: Node, order: Order) -> tuple[str, str] | None:
             "examples",
             f"{node.examples} rows are fewer than the {limits['min-examples']} wanted",
         )
+    if "epsilon" in limits and (reason := _beyond_epsilon(node, order, float(limits["epsilon"]))):
+        return "epsilon", reason
     return None
 
 
@@ -117,11 +120,36 @@ def train(node: Node, order: Order, content: RecordDict) -> tuple[ClientResult, 
     tensors = tensors_of(content, want, free=".frozen_")
     _check_frozen(node.start, tensors)
     held = overlay(tensors, node.start)
-    fit = make_fit(node.loaded.model, node.loaded.data, node.loaded.config)
+    ledgers = ledger_folder(node.states, order.run)
+    fit = make_fit(node.loaded.model, node.loaded.data, node.loaded.config, ledgers)
     state = read_state(node.states, order.run, order.round)
     result = fit(node.client, order.round, plan, held, state)
     keep_state(node.states, order.run, order.round, result.state)
+    close_all(ledgers, order.round)
     return result, flatten(result.adapter, plan.shares)
+
+
+def ledger_folder(states: Path, run: str) -> Path:
+    """Where a node keeps its ledger of a run: one for each name and seed, whoever starts it."""
+    return states / LEDGERS / run.replace("/", "-")
+
+
+def _beyond_epsilon(node: Node, order: Order, limit: float) -> str:
+    """Why this run would let out more of the node's examples than its owner allows; else nothing.
+
+    All runs count together: what they spent, and the whole budget of this one.
+    """
+    privacy, own = node.loaded.config.privacy, ledger_folder(node.states, order.run)
+    if privacy.unit != "example":
+        return f"the run protects no examples, epsilon is to stay within {limit:g} here"
+    others = [path for path in node.states.glob(f"{LEDGERS}/*/*{SUFFIX}") if path.parent != own]
+    spent = sum(read_ledger(path).spent for path in others)
+    if spent + privacy.epsilon <= limit:
+        return ""
+    return (
+        f"epsilon {privacy.epsilon:g} of this run and {spent:.3g} of {len(others)} others are "
+        f"beyond the {limit:g} allowed here"
+    )
 
 
 def read_state(folder: Path, run: str, round: int) -> ClientState:

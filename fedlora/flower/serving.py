@@ -18,6 +18,9 @@ from fedlora.data import Data, Examples, encode, read_silos, tokenised
 from fedlora.flower.node import load_shared
 from fedlora.flower.strategy import FedloraStrategy
 from fedlora.modes import GLOBAL
+from fedlora.privacy.ledger import LEDGERS
+from fedlora.privacy.plan import check as check_privacy
+from fedlora.privacy.plan import merge_for
 from fedlora.recording import Job, recording, run_folder
 from fedlora.resume import Resumed, find
 from fedlora.rules import get_rule
@@ -43,12 +46,14 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> Path:
         config = replace(config, run=replace(config.run, out=str(folder)))
     else:
         check_new(folder)
+    check_privacy(config)
     job, base = _job(config, resumed)
     names = job.config.flower.clients or sorted(job.data.rows)
     checkpoint = resumed.checkpoint if resumed else None
     strategy = FedloraStrategy(
         job.config, job.start, names, base=base,
         progress=checkpoint.loops[GLOBAL] if checkpoint else None,
+        merge=merge_for(job.config, len(names), job.folder / LEDGERS),
     )  # fmt: skip
     strategy.find_nodes(grid, names, config.flower.wait)
     strategy.check_bases()

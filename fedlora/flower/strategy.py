@@ -21,9 +21,9 @@ from fedlora.adapter import WHOLE, Adapter, byte_count, flatten
 from fedlora.config import Config
 from fedlora.flower.wire import ORDER, REPLY, Order, order_content, read_reply
 from fedlora.modes import GLOBAL, Step, merge_policy
-from fedlora.rounds import MOST, Failure, Opened, Reply, close_round, open_round
+from fedlora.rounds import MOST, Failure, Merge, Opened, Reply, close_round, open_round
 from fedlora.rules import get_rule
-from fedlora.server import ServerState
+from fedlora.server import ServerState, aggregate
 from fedlora.simulation import Progress
 
 TRAIN, HELLO = "train", "query.hello"
@@ -56,12 +56,13 @@ class FedloraStrategy(Strategy):
         *,
         base: str,
         progress: Progress | None = None,
+        merge: Merge = aggregate,
         note: Callable[[Step], None] = lambda step: None,
     ) -> None:
         self.config, self.start_adapter, self.clients = config, start, sorted(clients)
         self.rule = get_rule(config.merge.rule, **config.merge.options)
         self.policy = merge_policy(config, self.clients)
-        self.base, self.note = base, note
+        self.base, self.note, self.merge = base, note, merge
         self.progress = progress or Progress(0, ServerState(start))
         self.done_before = self.progress.round
         self.seen: dict[str, Seen] = {}
@@ -112,8 +113,9 @@ class FedloraStrategy(Strategy):
             raise RuntimeError("a round is closed that was never opened")
         began = perf_counter()
         closed = close_round(
-            self.rule, opened, self.progress.state, self.read(replies, opened), self.policy
-        )
+            self.rule, opened, self.progress.state, self.read(replies, opened), self.policy,
+            self.merge,
+        )  # fmt: skip
         self.progress = Progress(opened.round, closed.state)
         for failure in closed.failures:
             log.warning("round %d: %s: %s", opened.round, failure.code, failure.reason)

@@ -23,6 +23,7 @@ from fedlora.adapter import (
     converted,
     mix,
     precise,
+    rescaled,
 )
 from fedlora.lowrank import Gauge, truncate
 from fedlora.policy import Policy
@@ -195,9 +196,7 @@ def joined(design: Design, rule: Rule, prev: Factors, added: Factors) -> Factors
     """
     if design == "rows":
         step = torch.linalg.lstsq(prev.A.mT, added.A.mT, driver="gelsd").solution.mT
-        return Factors(
-            prev.A, prev.B + (added.B @ step) * (added.scaling / prev.scaling), prev.scaling
-        )
+        return Factors(prev.A, prev.B + rescaled(added, prev.scaling).B @ step, prev.scaling)
     whole = mix([prev, added], [1.0, 1.0], prev.scaling)
     gauge = cast(Gauge, rule.options.get("gauge", "balanced"))
     return truncate(whole, prev.rank, gauge=gauge, previous=prev)
@@ -236,6 +235,6 @@ def _gaussian_like(tensor: Tensor) -> Tensor:
 
 
 def _bound(factors: Factors) -> float:
-    left, right = torch.linalg.qr(factors.B, mode="r").R, torch.linalg.qr(factors.A.mT, mode="r").R
-    terms = float(left.norm()) * float(right.norm())
-    return factors.scaling * (float((left @ right.mT).norm()) + HIDDEN * terms)
+    plain = rescaled(factors, 1.0)
+    left, right = torch.linalg.qr(plain.B, mode="r").R, torch.linalg.qr(plain.A.mT, mode="r").R
+    return float((left @ right.mT).norm()) + HIDDEN * float(left.norm()) * float(right.norm())

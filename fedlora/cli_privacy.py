@@ -1,0 +1,20 @@
+"""The command line of privacy: a run's statement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def privacy(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or one ledger.")],
+) -> None:
+    """Say what a run protects, from whom, at which epsilon, and what it does not."""
+    from fedlora.privacy.statement import statement
+
+    console = Console(soft_wrap=True)
+    for line in statement(run):
+        console.print(line, highlight=False, markup=False)

@@ -1,0 +1,144 @@
+"""What a run's privacy settings come to, before anything is trained: checks, noise, what it costs.
+
+Nothing here draws noise or charges a ledger.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+from fedlora.adapter import Adapter
+from fedlora.config import Config
+from fedlora.privacy.accounting import noise_for
+from fedlora.privacy.client_level import Design, Noising, PrivateMerge
+from fedlora.privacy.designs import Prediction, clients_needed, predict
+from fedlora.privacy.example import planned_round
+from fedlora.privacy.ledger import SUFFIX, Terms
+from fedlora.rounds import Merge
+from fedlora.server import aggregate
+from fedlora.settings import round_size
+
+SERVER = "server"  # whose ledger it is, in client-level privacy
+NEEDED = {  # what client-level privacy needs, for the reason that stands behind it
+    "merge.weights": ("uniform", "a client's weight must not depend on its data"),
+    "merge.robust": ("none", "clipping is part of the mechanism"),
+    "merge.residual": ("rule", "what is dropped, folded or carried is decided by the design"),
+    "merge.server_lr": (1.0, "the noise is planned for whole steps"),
+    "client.ranks": ([], "all clients share one space"),
+    "run.mode": ("federated", "a reference has no server"),
+}
+
+
+def check(config: Config) -> None:
+    """ValueError, with the remedy, where the settings do not go together."""
+    if config.privacy.unit != "client":
+        return
+    flat = {
+        f"{section}.{key}": value
+        for section in ("merge", "client", "run")
+        for key, value in vars(getattr(config, section)).items()
+    }
+    for key, (wanted, reason) in NEEDED.items():
+        if flat[key] != wanted:
+            raise ValueError(
+                f"privacy.unit = 'client' needs {key} = {wanted!r}, it is {flat[key]!r}: {reason}"
+            )
+    rule = "ffa" if config.privacy.design == "rows" else "fra"
+    if config.merge.rule != rule:
+        raise ValueError(
+            f"privacy.design = {config.privacy.design!r} goes with merge.rule = {rule!r}, it is "
+            f"{config.merge.rule!r}: the design says how the noised sum becomes an adapter"
+        )
+
+
+def merge_for(config: Config, clients: int, folder: Path) -> Merge:
+    """The server's merge: `aggregate`, or the one of client-level privacy with its ledger."""
+    if config.privacy.unit != "client":
+        return aggregate
+    privacy = config.privacy
+    terms = Terms(SERVER, "client", privacy.epsilon, privacy.delta, privacy.accountant)
+    return PrivateMerge(
+        noising(config, clients), folder / f"{SERVER}{SUFFIX}", terms, config.run.seed
+    )
+
+
+def noising(config: Config, clients: int) -> Noising:
+    """Clip and noise of a round of client-level privacy, for all planned rounds.
+
+    No amplification is taken for clients that sit a round out: who takes part is public.
+    """
+    privacy = config.privacy
+    rounds = privacy.rounds or config.run.rounds
+    noise = noise_for(privacy.epsilon, privacy.delta, rounds, 1.0, privacy.accountant)
+    asked = round_size(clients, config.merge.participation)
+    return Noising(privacy.design, noise, asked, privacy.clip, privacy.quantile)
+
+
+def forecast(config: Config, clients: int, start: Adapter) -> dict[str, dict[str, Prediction]]:
+    """For every design, each layer's prediction under the run's budget."""
+    made = noising(config, clients)
+    shapes = {name: factors.shape for name, factors in start.layers.items()}
+    found: dict[str, dict[str, Prediction]] = {}
+    for design in get_args(Design):
+        noise = replace(made, design=design).message_noise
+        found[design] = predict(design, shapes, config.model.rank, noise, made.clients)
+    return found
+
+
+def announce(config: Config, rows: Mapping[str, int], start: Adapter) -> list[str]:
+    """What the run's privacy costs, in words, before it is paid.
+
+    ValueError where the noise of client-level privacy drowns what it is to protect, unless
+    `privacy.accept_noise` is set.
+    """
+    privacy = config.privacy
+    if privacy.unit == "none":
+        return []
+    rounds = privacy.rounds or config.run.rounds
+    budget = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} over {rounds} rounds"
+    if privacy.unit == "example":
+        planned = [planned_round(config, count) for count in sorted(set(rows.values()))]
+        noises = _span([one.noise for one in planned], "{:.3g}")
+        rates = _span([100 * one.sampling for one in planned], "{:.3g}")
+        return [
+            f"privacy: every example of a client, {budget}; noise {noises} times the clip "
+            f"{privacy.clip:g}, on Poisson batches of {rates} % of its rows"
+        ]
+    return _announce_clients(config, len(rows), start, budget)
+
+
+def _announce_clients(config: Config, clients: int, start: Adapter, budget: str) -> list[str]:
+    designs = forecast(config, clients, start)
+    made, chosen = noising(config, clients), list(designs[config.privacy.design].values())
+    lines = [f"privacy: every client as a whole, {budget}; noise {made.noise:.3g} a round"]
+    for design, layers in designs.items():
+        groups = Counter(one.shape for one in layers.values())
+        first = {one.shape: one for one in layers.values()}
+        for (m, n), count in groups.items():
+            one = first[m, n]
+            mark = "*" if design == config.privacy.design else " "
+            lines.append(
+                f"{mark} {design:9} {count} layers of {m} x {n}: noise {one.noise:.3g} C, a "
+                f"direction shows above {one.threshold:.3g} C, signal at most {one.signal:.3g} C: "
+                f"noise / signal {one.ratio:.3g}"
+            )
+    worst = max((one.ratio for one in chosen), default=0.0)
+    if worst > 1 and not config.privacy.accept_noise:
+        shown = "\n".join(lines)
+        raise ValueError(
+            f"client-level noise drowns the update: noise over signal is {worst:.3g} with "
+            f"{made.clients} clients a round, where every client agrees; about "
+            f"{clients_needed(chosen, made.clients):,} would bring it to 1. Take more clients, "
+            "a smaller design, unit = 'example', or privacy.accept_noise = true to see for "
+            f"yourself\n{shown}"
+        )
+    return lines
+
+
+def _span(values: list[float], form: str) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,149 @@
+"""A run's privacy statement: what is protected from whom, by what, at which epsilon, and what is
+not.
+
+Made from the config, the ledgers and the log of a run directory, or from one ledger.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedlora.privacy.ledger import LEDGERS, SUFFIX, Ledger, read_ledger
+from fedlora.rundir import Run, read_run
+
+NEIGHBOURS = {
+    "example": (
+        "two data sets of a client, one of them with one example more. Every example of every "
+        "client is protected; a person with k examples has about k times the epsilon"
+    ),
+    "client": (
+        "two federations in one of which one client's update is zero; who takes part is public"
+    ),
+}
+MECHANISMS = {
+    "example": (
+        "DP-SGD on the client: the gradient of each example is cut to the norm {clip:g} over all "
+        "trained tensors, the sum over a batch gets Gaussian noise, before anything leaves"
+    ),
+    "client": (
+        "on a trusted server: each client's update is cut to the norm {clip:g} over all layers and "
+        "the head, the sum gets Gaussian noise (design {design}), over a fixed number of clients"
+    ),
+}
+SAMPLING = {
+    "example": (
+        "Poisson: each step draws each example by itself, with randomness of the client's "
+        "operating system; the amplification by it is in epsilon. That only some clients are asked "
+        "in a round is not used"
+    ),
+    "client": "none; that only some clients are asked in a round is not used",
+}
+COVERED = {
+    "example": (
+        "everything that a client's training puts into what it sends, over all rounds, and all "
+        "that is made of it: merges, the SVD, the final adapter, its scores on public data"
+    ),
+    "client": (
+        "every global adapter that leaves the server, over all rounds, and all that is made of it"
+    ),
+}
+SETTINGS = "the choice of settings: every other run on the same data has a budget of its own"
+OPEN = {
+    "example": [
+        "the numbers of examples, of which the sampling rate and the weights are made",
+        SETTINGS,
+        "timing, sizes and who took part",
+    ],
+    "client": [
+        "clients from the server: it sees every update as it is",
+        "what the server logs of single clients (metrics.jsonl, clients): keep it there",
+        SETTINGS,
+        "timing, sizes and who took part",
+    ],
+}
+SHARED = "training loss and held-out scores: they were let out as they are"
+ARITHMETIC = (
+    "attacks on floating-point arithmetic: noise has 53 random bits from the operating system and "
+    "is added in float64, its sum rounded to float32; the analysis is in real numbers"
+)
+
+
+def statement(path: Path) -> list[str]:
+    """The lines of the statement of a run directory or of one ledger file.
+
+    ValueError where there is no privacy to speak of, or a ledger was edited.
+    """
+    if path.is_file():
+        ledger = read_ledger(path)
+        title = f"Ledger of {ledger.terms.owner}: each {ledger.terms.unit} is protected."
+        return [title, *_table([ledger])]
+    run = read_run(path)
+    privacy = run.config.get("privacy", {})
+    unit = privacy.get("unit", "none")
+    if unit == "none":
+        raise ValueError(
+            f"{path} was trained without privacy (privacy.unit = 'none'): nothing bounds what "
+            "its adapter tells about the data"
+        )
+    ledgers = [read_ledger(file) for file in sorted((path / LEDGERS).glob(f"*{SUFFIX}"))]
+    shared = [SHARED] if unit == "example" and privacy["share_metrics"] else []
+    mechanism = MECHANISMS[unit].format(clip=privacy["clip"], design=privacy["design"])
+    lines = [
+        f"Privacy of {run.name}",
+        f"Unit: each {unit}" + (" of a client" if unit == "example" else " as a whole"),
+        f"Neighbours: {NEIGHBOURS[unit]}",
+        f"Mechanism: {mechanism}",
+        f"Sampling: {SAMPLING[unit]}",
+        f"Composition: {privacy['accountant'].upper()} accountant (dp-accounting), all rounds "
+        "together, every intent counted",
+        *(_table(ledgers) if ledgers else _reported(run)),
+        f"Covered: {COVERED[unit]}",
+        "Not covered:",
+        *(f"  - {line}" for line in [*OPEN[unit], *shared, ARITHMETIC]),
+    ]
+    if unit == "client" and privacy["quantile"]:
+        lines.append(
+            f"The clip moves towards the {privacy['quantile']:g} quantile of the norms, by a "
+            "noised count that is charged by itself; noise follows the clip in force."
+        )
+    return lines
+
+
+def _table(ledgers: Sequence[Ledger]) -> list[str]:
+    """One line for each ledger, and the largest epsilon."""
+    lines = []
+    for ledger in ledgers:
+        terms, made = ledger.terms, [one.mechanism for one in ledger.intents]
+        lost = sum(not one.closed for one in ledger.intents)
+        noise = ", ".join(f"{noise:.4g}" for noise in sorted({one.noise for one in made}))
+        rate = ", ".join(f"{100 * q:.3g} %" for q in sorted({one.sampling for one in made}))
+        lines.append(
+            f"  {terms.owner}: epsilon {_rounded_up(ledger.spent)} of {terms.epsilon:g} at delta "
+            f"{terms.delta:g}; {len(made)} intents"
+            + (f", {lost} of them not closed (charged all the same)" if lost else "")
+            + f", {sum(one.steps for one in made)} steps, noise {noise or '-'}, sampling "
+            + (rate or "-")
+        )
+    most = max(ledger.spent for ledger in ledgers)
+    delta = max(ledger.terms.delta for ledger in ledgers)
+    return [*lines, f"Epsilon: {_rounded_up(most)} at delta {delta:g} (the largest of all)"]
+
+
+def _reported(run: Run) -> list[str]:
+    """What clients that keep their own ledgers said of them."""
+    found: dict[str, float] = {}
+    for line in run.rounds:
+        for client, told in line["clients"].items():
+            if "epsilon" in told:
+                found[client] = float(told["epsilon"])
+    if not found:
+        return ["Epsilon: nothing was spent yet"]
+    most = _rounded_up(max(found.values()))
+    lines = [f"  {client}: epsilon {_rounded_up(e)}, as it says" for client, e in found.items()]
+    return [*lines, f"Epsilon: {most} (the largest of all; the ledgers are on the clients)"]
+
+
+def _rounded_up(epsilon: float) -> str:
+    return f"{math.ceil(epsilon * 1e4) / 1e4:g}" if math.isfinite(epsilon) else "infinite"

@@ -1,0 +1,267 @@
+"""Whole runs with privacy: what is charged, what a crash costs, what is said of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench import Place, records, summary
+from flower_grid import LocalGrid
+from typer.testing import CliRunner
+
+from fedlora.cli import app
+from fedlora.flower.app import client
+from fedlora.flower.node import load_node, refusal
+from fedlora.flower.serving import serve
+from fedlora.flower.wire import Order
+from fedlora.privacy.accounting import Mechanism, epsilon
+from fedlora.privacy.ledger import LEDGERS, read_ledger
+from fedlora.privacy.statement import statement
+from fedlora.resume import find
+from fedlora.rules import Plan
+from fedlora.run import execute, prepare
+
+pytest.importorskip("opacus")
+pytest.importorskip("dp_accounting")
+pytest_plugins = ["tiny"]
+Tiny = Callable[[str], Path]
+PRIVATE: dict[str, Any] = {"privacy__unit": "example", "privacy__delta": 1e-3, "run__rounds": 2}
+TRUSTED: dict[str, Any] = {
+    "privacy__unit": "client", "merge__weights": "uniform", "privacy__accept_noise": True,
+    "run__rounds": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(tiny: Tiny, tmp_path: Path) -> Place:
+    return Place(tiny("bert"), tmp_path)
+
+
+def started(place: Place, watch: Any = None, **settings: Any) -> Path:
+    config = place.config("run", **settings)
+    return execute(prepare(config), *([watch] if watch else []))
+
+
+def resumed(folder: Path, config: Any) -> Path:
+    config, found = find(folder, config)
+    return execute(prepare(config, found))
+
+
+def told(folder: Path) -> str:
+    return "\n".join(statement(folder))
+
+
+@pytest.mark.parametrize("rule", ["fra", "fedavg", "ffa", "rolora", "fedsa", "hybrid"])
+def test_a_private_run_charges_every_client_for_every_round(place: Place, rule: str) -> None:
+    folder = started(place, **PRIVATE, merge__rule=rule)
+    log = records(folder)
+    for name in ("0", "1", "2"):
+        ledger = read_ledger(folder / LEDGERS / f"{name}.ledger")
+        assert [(one.round, one.closed) for one in ledger.intents] == [(1, True), (2, True)]
+        assert 7.9 < ledger.spent <= 8
+        assert log[-1]["clients"][name]["epsilon"] == pytest.approx(ledger.spent)
+        assert log[-1]["clients"][name]["train_loss"] is None
+        assert log[-1]["clients"][name]["heldout"] is None
+        assert log[-1]["clients"][name]["global_heldout"] is None
+    assert log[-1]["heldout"] is None
+    assert summary(folder)["gap"] is None
+    assert "Epsilon: 7.99" in told(folder) or "Epsilon: 8" in told(folder)
+
+
+def test_figures_on_private_rows_are_let_out_only_if_asked_for(place: Place) -> None:
+    folder = started(place, **PRIVATE, privacy__share_metrics=True)
+    last = records(folder)[-1]["clients"]["0"]
+    assert math.isfinite(last["train_loss"])
+    assert last["heldout"] is not None
+    assert "let out as they are" in told(folder)
+
+
+def killed_in_round(number: int) -> Callable[[str, Any], None]:
+    def watch(event: str, facts: Any) -> None:
+        if event == "fitted" and facts["round"] == number and facts["client"] == "1":
+            raise KeyboardInterrupt
+
+    return watch
+
+
+def test_a_round_that_is_made_again_is_charged_again(place: Place) -> None:
+    """Stopped in round 2 after two of three clients had trained; one spare round was planned."""
+    settings = {**PRIVATE, "privacy__rounds": 3}
+    with pytest.raises(KeyboardInterrupt):
+        started(place, killed_in_round(2), **settings)
+    folder = place.folder / "run"
+    half = {n: read_ledger(folder / LEDGERS / f"{n}.ledger") for n in ("0", "1", "2")}
+    assert [len(half[n].intents) for n in half] == [2, 2, 1]
+    assert [one.closed for one in half["0"].intents] == [True, False]
+    assert "1 of them not closed (charged all the same)" in told(folder)
+    resumed(folder, place.config("run", **settings))
+    for name, intents in (("0", 3), ("1", 3), ("2", 2)):
+        ledger = read_ledger(folder / LEDGERS / f"{name}.ledger")
+        assert len(ledger.intents) == intents
+        one = ledger.intents[0].mechanism
+        want = epsilon([Mechanism(one.noise, one.steps * intents, one.sampling)], 1e-3)
+        assert ledger.spent == want <= 8
+
+
+def test_a_run_that_was_resumed_never_goes_beyond_its_budget(place: Place) -> None:
+    """Without a spare round the two clients that trained twice have nothing left."""
+    with pytest.raises(KeyboardInterrupt):
+        started(place, killed_in_round(2), **PRIVATE)
+    folder = place.folder / "run"
+    with pytest.raises(ValueError, match="the privacy budget is spent: round 2"):
+        resumed(folder, place.config("run", **PRIVATE))
+    for name in ("0", "1", "2"):
+        assert read_ledger(folder / LEDGERS / f"{name}.ledger").spent <= 8
+    assert summary(folder)["interrupted"]
+    assert summary(folder)["rounds"] == 1
+
+
+def test_an_edited_ledger_ends_the_run(place: Place) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        started(place, killed_in_round(2), **PRIVATE)
+    folder = place.folder / "run"
+    path = folder / LEDGERS / "0.ledger"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:1], *lines[3:]]))
+    with pytest.raises(ValueError, match="edited or damaged"):
+        resumed(folder, place.config("run", **PRIVATE))
+    with pytest.raises(ValueError, match="edited or damaged"):
+        told(folder)
+
+
+def test_a_run_says_what_it_will_cost_before_it_trains(place: Place) -> None:
+    notes: list[str] = []
+    started(place, lambda event, facts: notes.extend(facts["notes"]) if event == "start" else None,
+            **PRIVATE)  # fmt: skip
+    (line,) = [note for note in notes if note.startswith("privacy")]
+    assert "every example of a client, epsilon 8 at delta 0.001 over 2 rounds" in line
+    assert "noise 0." in line or "noise 1" in line
+
+
+# ---------------------------------------------------------------- clients as a whole
+
+
+@pytest.mark.parametrize("design", ["increment", "rows", "core", "power", "sketch"])
+def test_a_run_on_a_trusted_server(place: Place, design: str) -> None:
+    rule = "ffa" if design == "rows" else "fra"
+    folder = started(place, **TRUSTED, privacy__design=design, merge__rule=rule)
+    ledger = read_ledger(folder / LEDGERS / "server.ledger")
+    assert 7.9 < ledger.spent <= 8
+    assert [(one.round, one.closed) for one in ledger.intents] == [(1, True), (2, True)]
+    last = records(folder)[-1]
+    assert last["budget"] == {}
+    assert last["merge_error"] is None
+    assert last["merge"]["clip"] == 1.0
+    text = told(folder)
+    assert "on a trusted server" in text
+    assert "it sees every update as it is" in text
+
+
+def test_noise_that_drowns_the_update_is_refused_with_the_number_of_clients(place: Place) -> None:
+    settings = {**TRUSTED, "privacy__accept_noise": False}
+    with pytest.raises(
+        ValueError, match=r"noise over signal is .* with 3 clients.*\d+ would bring"
+    ) as found:
+        started(place, **settings)
+    for design in ("increment", "rows", "core", "power", "sketch"):
+        assert design in str(found.value)
+    assert not (place.folder / "run" / LEDGERS).exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"merge__weights": "examples"}, "merge.weights = 'uniform'"),
+        ({"merge__rule": "fedavg"}, "goes with merge.rule = 'fra'"),
+        ({"privacy__design": "rows"}, "goes with merge.rule = 'ffa'"),
+        ({"merge__robust": "norm_clipping"}, "merge.robust = 'none'"),
+        ({"merge__server_lr": 0.5}, "merge.server_lr = 1.0"),
+        ({"client__ranks": [1, 2]}, r"client.ranks = \[\]"),
+        ({"run__mode": "central"}, "run.mode = 'federated'"),
+    ],
+)
+def test_settings_that_would_break_the_bound_are_refused(
+    place: Place, settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        started(place, **{**TRUSTED, **settings})
+
+
+# ---------------------------------------------------------------- on Flower
+
+
+def test_nodes_keep_their_own_ledgers(place: Place) -> None:
+    flat = place.config("run", **PRIVATE).flat()
+    states = place.folder / "states"
+    nodes = [{"partition-id": k, "state": str(states)} for k in range(3)]
+    folder = serve(LocalGrid(client, flat, nodes), flat)
+    assert not (folder / LEDGERS).exists()
+    found = sorted(states.glob(f"*/{LEDGERS}/*/*.ledger"))
+    assert len(found) == 3
+    for path in found:
+        ledger = read_ledger(path)
+        assert [(one.round, one.closed) for one in ledger.intents] == [(1, True), (2, True)]
+        assert 7.9 < ledger.spent <= 8
+    assert "as it says" in told(folder)
+    assert records(folder)[-1]["clients"]["0"]["train_loss"] is None
+
+
+def test_a_server_on_flower_charges_its_ledger(place: Place) -> None:
+    flat = place.config("run", **TRUSTED).flat()
+    folder = serve(LocalGrid(client, flat, [{"partition-id": k} for k in range(3)]), flat)
+    assert 7.9 < read_ledger(folder / LEDGERS / "server.ledger").spent <= 8
+
+
+@pytest.mark.parametrize(
+    ("limit", "before", "code"),
+    [(8, 0, None), (7.9, 0, "epsilon"), (12, 6, "epsilon"), (15, 6, None)],
+)
+def test_a_node_allows_so_much_epsilon_over_all_runs(
+    place: Place, limit: float, before: float, code: str | None
+) -> None:
+    from fedlora.privacy.accounting import noise_for
+    from fedlora.privacy.ledger import Terms, intend
+
+    flat = place.config("run", **PRIVATE).flat()
+    ready = load_node(flat, {"partition-id": 1, "epsilon": limit, "state": str(place.folder)})
+    if before:
+        terms = Terms("1", "example", float(before), 1e-5)
+        noise = Mechanism(noise_for(float(before), 1e-5, 1))
+        intend(ready.states / LEDGERS / "older-0" / "1.ledger", terms, 1, noise)
+    refused = refusal(ready, Order("run/0", 1, "1", plan(), ready.loaded.base))
+    assert (refused[0] if refused else None) == code
+
+
+def test_a_node_with_a_limit_refuses_a_run_without_privacy(place: Place) -> None:
+    ready = load_node(place.config("run").flat(), {"partition-id": 1, "epsilon": 8})
+    refused = refusal(ready, Order("run/0", 1, "1", plan(), ready.loaded.base))
+    assert refused is not None
+    assert refused[1].startswith("the run protects no examples")
+
+
+def plan() -> Plan:
+    return Plan(*[frozenset({"A", "B", "head"})] * 3)
+
+
+# ---------------------------------------------------------------- the statement
+
+
+def test_the_command_prints_the_statement_of_a_run_and_of_a_ledger(place: Place) -> None:
+    folder = started(place, **PRIVATE)
+    done = CliRunner().invoke(app, ["privacy", str(folder)])
+    assert done.exit_code == 0, done.output
+    for word in ("Unit: each example", "Neighbours", "Mechanism", "Sampling: Poisson", "Covered"):
+        assert word in done.output
+    alone = CliRunner().invoke(app, ["privacy", str(folder / LEDGERS / "0.ledger")])
+    assert "Ledger of 0: each example is protected." in alone.output
+    assert json.loads((folder / LEDGERS / "0.ledger").read_text().splitlines()[0])["epsilon"] == 8
+
+
+def test_a_run_without_privacy_has_no_statement(place: Place) -> None:
+    folder = started(place)
+    with pytest.raises(ValueError, match="was trained without privacy"):
+        told(folder)
