@@ -22,6 +22,7 @@ mutants: $(VENV)/dev  ## break the code on purpose, one bug at a time, and see e
 	$(BIN)/python tests/mutants_svd.py
 	$(BIN)/python tests/mutants_faults.py
 	$(BIN)/python tests/mutants_report.py
+	$(BIN)/python tests/mutants_privacy.py
 
 faults: $(VENV)/dev  ## break runs and clients for real and print the tables of docs/reliability.md
 	$(BIN)/python tests/fault_table.py

@@ -251,7 +251,7 @@ def test_the_predicted_noise_is_the_noise_of_the_design(design: str) -> None:
         float(torch.linalg.matrix_norm(dense(noised_sum(exchange, prev, [], 1.0, t)), 2))
         for t in range(20)
     ]
-    assert 0.75 < np.mean(norms) / spectral(design, (80, 60), 4) < 1.02
+    assert 0.6 < np.mean(norms) / spectral(design, (80, 60), 4) < 1.02
 
 
 def test_predictions_fall_with_the_clients() -> None:

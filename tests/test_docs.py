@@ -14,6 +14,7 @@ from laws import CHECKS, Case
 from fedlora.adapter import Factors
 from fedlora.cli import app
 from fedlora.config import make_config
+from fedlora.privacy.plan import check as check_privacy
 from fedlora.rules import LAWS, get_rule, rule_names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,21 +49,26 @@ def test_the_readme_names_every_command_and_rule() -> None:
     assert [name for name in rule_names() if f"`{name}`" not in text] == []
 
 
-def test_the_readmes_python_runs_and_its_config_is_valid() -> None:
+@pytest.mark.parametrize(("page", "count"), [("README.md", 2), ("docs/privacy.md", 2)])
+def test_the_configs_of_a_page_are_valid(page: str, count: int) -> None:
+    blocks = _blocks((ROOT / page).read_text(), "toml")
+    assert len(blocks) == count
+    for block in blocks:
+        tables = tomllib.loads(block)
+        flat = {f"{table}.{key}": v for table, keys in tables.items() for key, v in keys.items()}
+        config = make_config(flat)
+        assert config.merge.rule == "fra"
+        check_privacy(config)
+
+
+def test_the_readmes_python_runs() -> None:
     text = (ROOT / "README.md").read_text()
     python = [block for block in _blocks(text, "python") if "get_rule" in block]
-    toml = _blocks(text, "toml")
     assert len(python) == 1
-    assert len(toml) == 1
     names: dict[str, object] = {}
     exec(python[0], names)
     assert isinstance(names["merged"], Factors)
     assert (names["merged"].rank, names["merged"].shape) == (8, (768, 384))
-    tables = tomllib.loads(toml[0])
-    flat = {
-        f"{table}.{key}": value for table, keys in tables.items() for key, value in keys.items()
-    }
-    assert make_config(flat).merge.rule == "fra"
 
 
 @pytest.mark.usefixtures("no_trace")
