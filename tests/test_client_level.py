@@ -302,7 +302,8 @@ def test_the_count_has_its_own_charge_and_all_is_what_was_planned(tmp_path: Path
     start, moved = results()
     run = merge(tmp_path, noise=8.0, clip=1.0, quantile=0.5)
     run(get_rule("fra"), ServerState(start), moved, 1, PLAIN)
-    assert len(read_ledger(run.ledger).intents) == 2
+    (made,) = read_ledger(run.ledger).intents
+    assert len(made.mechanisms) == 2
 
 
 def test_a_change_of_gauge_is_no_update() -> None:

@@ -80,6 +80,22 @@ def test_gradients_are_those_of_one_example_at_a_time(
         assert float((got[name] - want[name]).abs().max()) <= 1e-5 * scale, name
 
 
+def test_a_bfloat16_base_has_gradients_of_its_examples_too(
+    tiny: Tiny, tmp_path: Path, noiseless: None
+) -> None:
+    """To the three digits of bfloat16, in mixed precision as it trains."""
+    bench = Bench(tiny("bert"), tmp_path)
+    write_adapter(bench.model, bench.start)
+    for module in bench.model.network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    want = summed(bench, bench.data.rows["0"][:7], 1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = summed(bench, bench.data.rows["0"][:7], 1.0)
+    both = [torch.cat([g.flatten() for g in found.values()]) for found in (got, want)]
+    assert float((both[0] - both[1]).norm() / both[1].norm()) < 0.05
+
+
 def test_an_example_moves_the_sum_by_at_most_the_clip(tmp_path: Path, noiseless: None) -> None:
     """300 neighbouring batches of wild gradients: sizes from 1e-30 to 1e30, ties, NaN, Inf."""
     rng = np.random.default_rng(0)

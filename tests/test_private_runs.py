@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from bench import Place, records, summary
+from crashes import killed_at
 from flower_grid import LocalGrid
 from typer.testing import CliRunner
 
@@ -19,7 +20,7 @@ from fedlora.flower.node import load_node, refusal
 from fedlora.flower.serving import serve
 from fedlora.flower.wire import Order
 from fedlora.privacy.accounting import Mechanism, epsilon
-from fedlora.privacy.ledger import LEDGERS, read_ledger
+from fedlora.privacy.ledger import LEDGERS, Intent, read_ledger
 from fedlora.privacy.statement import statement
 from fedlora.resume import find
 from fedlora.rules import Plan
@@ -102,7 +103,7 @@ def test_a_round_that_is_made_again_is_charged_again(place: Place) -> None:
     for name, intents in (("0", 3), ("1", 3), ("2", 2)):
         ledger = read_ledger(folder / LEDGERS / f"{name}.ledger")
         assert len(ledger.intents) == intents
-        one = ledger.intents[0].mechanism
+        one = ledger.intents[0].mechanisms[0]
         want = epsilon([Mechanism(one.noise, one.steps * intents, one.sampling)], 1e-3)
         assert ledger.spent == want <= 8
 
@@ -118,6 +119,42 @@ def test_a_run_that_was_resumed_never_goes_beyond_its_budget(place: Place) -> No
         assert read_ledger(folder / LEDGERS / f"{name}.ledger").spent <= 8
     assert summary(folder)["interrupted"]
     assert summary(folder)["rounds"] == 1
+
+
+POINTS = ["fsync:8", "fsyncd:8", "fsync:9", "fsyncd:9", "fit:2", "fitted:2", "fitted:5", "half:1",
+          "half:2", "replace:6", "replaced:6", "round:2"]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("unit", ["example", "client"])
+def test_a_kill_at_any_step_leaves_all_that_was_drawn_charged(
+    place: Place, unit: str, point: str
+) -> None:
+    """Killed by the system, gone on with: what came back to the client is in its ledger."""
+    spare = {"privacy__rounds": 5}
+    settings = {**(PRIVATE if unit == "example" else TRUSTED), **spare}
+    folder = killed_at(prepare(place.config("run", **settings)), point)
+    before = charged(folder)
+    config, found = find(folder)
+    log = records(execute(prepare(config, found)))
+    assert log[-1]["round"] == 2
+    after = charged(folder)
+    for name, intents in after.items():
+        there = before.get(name, [])
+        assert [one.round for one in intents[: len(there)]] == [one.round for one in there]
+        made = [one for one in intents if one.closed]
+        assert sorted({one.round for one in made}) == [1, 2]
+        assert len(intents) <= 3  # one round was made twice at most
+        ledger = read_ledger(folder / LEDGERS / f"{name}.ledger")
+        one = intents[0].mechanisms[0]
+        every = Mechanism(one.noise, one.steps * len(intents), one.sampling)
+        assert ledger.spent == epsilon([every], ledger.terms.delta) < 8
+
+
+def charged(folder: Path) -> dict[str, list[Intent]]:
+    found = sorted((folder / LEDGERS).glob("*.ledger"))
+    return {path.stem: list(read_ledger(path).intents) for path in found}
 
 
 def test_an_edited_ledger_ends_the_run(place: Place) -> None:
@@ -231,7 +268,7 @@ def test_a_node_allows_so_much_epsilon_over_all_runs(
     if before:
         terms = Terms("1", "example", float(before), 1e-5)
         noise = Mechanism(noise_for(float(before), 1e-5, 1))
-        intend(ready.states / LEDGERS / "older-0" / "1.ledger", terms, 1, noise)
+        intend(ready.states / LEDGERS / "older-0" / "1.ledger", terms, 1, [noise])
     refused = refusal(ready, Order("run/0", 1, "1", plan(), ready.loaded.base))
     assert (refused[0] if refused else None) == code
 

@@ -97,8 +97,7 @@ class PrivateMerge:
 
         ValueError, with nothing drawn, where the budget is spent.
         """
-        for mechanism in self.noising.mechanisms:
-            intend(self.ledger, self.terms, round, mechanism)
+        intend(self.ledger, self.terms, round, self.noising.mechanisms)
         clip = state.memory.get(CLIP, self.noising.clip)
         ordered = sorted(results, key=lambda result: result.client)
         updates = [update(state.adapter, result.adapter) for result in ordered]

@@ -39,7 +39,7 @@ class Budgets:
         ValueError, with nothing charged, where the budget is spent.
         """
         mechanism = self.mechanism(rows)
-        intend(ledger_path(self.folder, client), terms(self.config, client), round, mechanism)
+        intend(ledger_path(self.folder, client), terms(self.config, client), round, [mechanism])
         return mechanism
 
     def spent(self, client: str) -> float:

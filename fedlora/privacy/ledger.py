@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Intent:
     """Noise that was meant to be drawn in a round, and whether what came of it was kept."""
 
     round: int
-    mechanism: Mechanism
+    mechanisms: tuple[Mechanism, ...]
     closed: bool = False
 
 
@@ -60,13 +60,13 @@ class Ledger:
         """Epsilon of all intents, at the ledger's delta."""
         return self._epsilon([])
 
-    def after(self, mechanism: Mechanism) -> float:
-        """What epsilon would be with this mechanism too."""
-        return self._epsilon([mechanism])
+    def after(self, mechanisms: Sequence[Mechanism]) -> float:
+        """What epsilon would be with these mechanisms too."""
+        return self._epsilon(mechanisms)
 
     def _epsilon(self, more: Sequence[Mechanism]) -> float:
-        every = [intent.mechanism for intent in self.intents] + list(more)
-        return epsilon(every, self.terms.delta, self.terms.accountant)
+        every = [one for intent in self.intents for one in intent.mechanisms]
+        return epsilon([*every, *more], self.terms.delta, self.terms.accountant)
 
 
 def read_ledger(path: Path) -> Ledger:
@@ -111,31 +111,36 @@ def open_ledger(path: Path, terms: Terms) -> Ledger:
     return ledger
 
 
-def intend(path: Path, terms: Terms, round: int, mechanism: Mechanism) -> Ledger:
-    """Charges the mechanism before anything is drawn, synced to disk; the ledger after it.
+def intend(path: Path, terms: Terms, round: int, mechanisms: Sequence[Mechanism]) -> Ledger:
+    """Charges the mechanisms before anything is drawn, synced to disk; the ledger after them.
 
     ValueError, with nothing charged, where it would go beyond the budget.
     """
     ledger = open_ledger(path, terms)
     with locked(path.parent):
         ledger = read_ledger(path)
-        after = ledger.after(mechanism)
+        after = ledger.after(mechanisms)
         if after > terms.epsilon:
             raise ValueError(
                 f"{terms.owner}: the privacy budget is spent: round {round} would bring epsilon "
                 f"from {ledger.spent:.4g} to {after:.4g}, allowed are {terms.epsilon:g} "
                 f"({len(ledger.intents)} intents in {path}); nothing was drawn"
             )
-        return _append(ledger, {"kind": INTENT, "round": round, **asdict(mechanism)})
+        made = [asdict(mechanism) for mechanism in mechanisms]
+        return _append(ledger, {"kind": INTENT, "round": round, "mechanisms": made})
 
 
 def close(path: Path, round: int) -> Ledger:
-    """Notes that what came of this round's intents is safe; without any, nothing is written."""
+    """Notes that what came of this round's last intent is safe; without one, nothing is written.
+
+    Earlier intents of the round are those that a crash wasted: they stay open.
+    """
     with locked(path.parent):
         ledger = read_ledger(path)
-        if any(one.round == round and not one.closed for one in ledger.intents):
-            return _append(ledger, {"kind": CLOSED, "round": round})
-        return ledger
+        place = _last(ledger.intents, round)
+        if place is None or ledger.intents[place].closed:
+            return ledger
+        return _append(ledger, {"kind": CLOSED, "round": round})
 
 
 def close_all(folder: Path, round: int) -> None:
@@ -175,15 +180,22 @@ def _followed(path: Path, ledger: Ledger | None, entry: Mapping[str, Any]) -> Le
             raise ValueError(f"it begins with {kind!r}")
         return Ledger(path, Terms(**facts), (), entry["hash"])
     if kind == INTENT:
-        made = Intent(facts.pop("round"), Mechanism(**facts))
-        return Ledger(path, ledger.terms, (*ledger.intents, made), entry["hash"])
+        drawn = tuple(Mechanism(**mechanism) for mechanism in facts["mechanisms"])
+        intents = (*ledger.intents, Intent(facts["round"], drawn))
+        return Ledger(path, ledger.terms, intents, entry["hash"])
     if kind == CLOSED:
-        done = tuple(
-            Intent(one.round, one.mechanism, one.closed or one.round == facts["round"])
-            for one in ledger.intents
-        )
-        return Ledger(path, ledger.terms, done, entry["hash"])
+        place = _last(ledger.intents, facts["round"])
+        done = [
+            replace(one, closed=one.closed or index == place)
+            for index, one in enumerate(ledger.intents)
+        ]
+        return Ledger(path, ledger.terms, tuple(done), entry["hash"])
     raise ValueError(f"{kind!r} is no kind of line")
+
+
+def _last(intents: Sequence[Intent], round: int) -> int | None:
+    """The place of the last intent of a round."""
+    return max((at for at, one in enumerate(intents) if one.round == round), default=None)
 
 
 def _hash(entry: Mapping[str, Any]) -> str:

@@ -115,13 +115,13 @@ def _table(ledgers: Sequence[Ledger]) -> list[str]:
     """One line for each ledger, and the largest epsilon."""
     lines = []
     for ledger in ledgers:
-        terms, made = ledger.terms, [one.mechanism for one in ledger.intents]
+        terms, made = ledger.terms, [one for intent in ledger.intents for one in intent.mechanisms]
         lost = sum(not one.closed for one in ledger.intents)
         noise = ", ".join(f"{noise:.4g}" for noise in sorted({one.noise for one in made}))
         rate = ", ".join(f"{100 * q:.3g} %" for q in sorted({one.sampling for one in made}))
         lines.append(
             f"  {terms.owner}: epsilon {_rounded_up(ledger.spent)} of {terms.epsilon:g} at delta "
-            f"{terms.delta:g}; {len(made)} intents"
+            f"{terms.delta:g}; {len(ledger.intents)} intents"
             + (f", {lost} of them not closed (charged all the same)" if lost else "")
             + f", {sum(one.steps for one in made)} steps, noise {noise or '-'}, sampling "
             + (rate or "-")

@@ -138,7 +138,7 @@ def _soonest(case: Case, rivals: Sequence[Arm], share: float) -> str:
         return ""
     if math.isinf(first):
         return f"No method reached {target:.1%} in half of its seeds."
-    names = " and ".join(method for method, rounds in known.items() if rounds == first)
+    names = "; ".join(method for method, rounds in known.items() if rounds == first)
     return f"Soonest at {target:.1%} accuracy: {names}, in round {first:.3g} (median)."
 
 
