@@ -292,6 +292,14 @@ def test_the_clip_in_force_is_that_of_the_last_round(tmp_path: Path, noiseless: 
     assert clipped <= state.memory[CLIP] * (1 + 1e-4)
 
 
+def test_noise_follows_the_clip_in_force(tmp_path: Path) -> None:
+    """A clip of 50 where the config says 1: 20,000 numbers of a head, all of them noise."""
+    start = Adapter(random_adapter(0).layers, {"head": torch.zeros(20_000)})
+    run = merge(tmp_path, noise=3.0, clip=1.0, clients=4)
+    state = run(get_rule("fra"), ServerState(start, {CLIP: 50.0}), [], 1, PLAIN)
+    assert float(state.adapter.dense["head"].std()) == pytest.approx(3.0 * 50 / 4, rel=0.05)
+
+
 def test_the_count_has_its_own_charge_and_all_is_what_was_planned(tmp_path: Path) -> None:
     plain, moving = Noising("power", 3.0, 10, 1.0), Noising("power", 3.0, 10, 1.0, quantile=0.5)
     assert len(plain.mechanisms) == 1
