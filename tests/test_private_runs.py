@@ -56,7 +56,7 @@ def told(folder: Path) -> str:
     return "\n".join(statement(folder))
 
 
-@pytest.mark.parametrize("rule", ["fra", "fedavg", "ffa", "rolora", "fedsa", "hybrid"])
+@pytest.mark.parametrize("rule", ["fra", "fedavg", "ffa", "rolora", "fedsa", "hybrid", "flora"])
 def test_a_private_run_charges_every_client_for_every_round(place: Place, rule: str) -> None:
     folder = started(place, **PRIVATE, merge__rule=rule)
     log = records(folder)

@@ -1,5 +1,6 @@
 """The report of a sweep: its numbers are those of the runs, its page stands alone."""
 
+import json
 import math
 import re
 import subprocess
@@ -12,6 +13,8 @@ from made_sweeps import ROUNDS, line, make_sweep, rising
 from typer.testing import CliRunner
 
 from fedlora.cli import app
+from fedlora.privacy.accounting import Mechanism
+from fedlora.privacy.ledger import Terms, intend
 from fedlora.sweep_report.budget import layer_shares
 from fedlora.sweep_report.budget_figures import budget_pictures, short_layers
 from fedlora.sweep_report.cases import read_cases
@@ -31,7 +34,7 @@ from fedlora.sweep_report.results import exactness_picture, tried_scores
 from fedlora.sweep_report.rounds import accuracy_picture
 from fedlora.sweep_report.sheets import draw_sheet
 from fedlora.sweep_report.write import sweep_report, write_sweep_report
-from fedlora.sweepdir import read_sweep, write_plan
+from fedlora.sweepdir import read_sweep, run_path, write_plan
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
@@ -291,6 +294,53 @@ def test_many_clients_have_no_columns_and_one_client_no_table(tmp_path):
     assert gained.rows == [["fra", "0 of 13", "+0.0"]]
     folder = make_sweep(tmp_path / "one", {"fra": {}}, lambda *_: own_rows({"0": 0.5}), seeds=(0,))
     assert clients_tables(the_case(folder)) == []
+
+
+EPSILONS = {"epsilon 1": 1.0, "epsilon 8": 8.0, "none": None}
+
+
+def private_sweep(folder):
+    """Two methods at two epsilons and none; a ledger for each private run."""
+    finals = {"epsilon 1": 0.6, "epsilon 8": 0.7, "none": 0.8}
+    made = make_sweep(
+        folder, {"fra": {}, "ffa": {"merge.rule": "ffa"}},
+        lambda method, case, seed: rising(finals[case] + 0.01 * seed), cases=tuple(EPSILONS),
+        seeds=(0, 1),
+    )  # fmt: skip
+    plan = json.loads((made / "sweep.json").read_text())
+    for entry in plan["runs"]:
+        epsilon, run = EPSILONS[entry["case"]], run_path(made, entry["id"])
+        unit = "example" if epsilon else "none"
+        budget = f"epsilon = {epsilon}" if epsilon else ""
+        with (run / "config.toml").open("a") as file:
+            file.write(f'[privacy]\nunit = "{unit}"\n{budget}\n[partition]\nclients = 3\n')
+        if epsilon:
+            (run / "ledgers").mkdir()
+            terms = Terms("0", "example", 1e6, 1e-5, "rdp")
+            intend(run / "ledgers" / "0.ledger", terms, 1, [Mechanism(10.0 / epsilon)])
+        entry["varied"] |= {"partition.clients": 3, "privacy.epsilon": epsilon}
+    (made / "sweep.json").write_text(json.dumps(plan))
+    return made
+
+
+def test_accuracy_is_shown_against_epsilon_with_the_noise_beside_it(tmp_path):
+    pytest.importorskip("dp_accounting")
+    page = Read(private_sweep(tmp_path / "s"))
+    (row,) = [row for row in page.rows_of("fra", 4) if row[1].startswith("60.5")]
+    assert [cell.split()[0] for cell in row] == ["fra", "60.50", "70.50", "80.50"]
+    assert ["noise multiplier", "10", "1.25", "0"] in page.rows
+    assert "Final accuracy by epsilon, %: clients 3" in page.text
+    section = next(part for part in page.report.sections if part.title == "Privacy")
+    (picture,) = [block for block in section.blocks if isinstance(block, Picture)]
+    assert [panel.title for panel in picture.panels] == [
+        "clients 3", "Noise, clients 3",
+    ]  # fmt: skip
+    ax = draw_sheet(picture).axes[0]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "8", "none"]
+
+
+def test_without_epsilons_to_compare_there_is_no_privacy_section(known):
+    assert "Privacy" not in [part.title for part in Read(known).report.sections]
 
 
 def test_rounds_and_megabytes_to_the_target_count_who_never_got_there(tmp_path):

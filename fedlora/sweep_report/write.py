@@ -20,6 +20,7 @@ from fedlora.sweep_report.content import Block, Choices, Picture, Report, Sectio
 from fedlora.sweep_report.findings import compared, one_setting_apart, target_of
 from fedlora.sweep_report.markdown import markdown_page
 from fedlora.sweep_report.page import html_page
+from fedlora.sweep_report.privacy import privacy_section
 from fedlora.sweep_report.provenance import origin_table, tuning_words
 from fedlora.sweep_report.results import (
     cost_picture,
@@ -71,7 +72,8 @@ def sweep_report(folder: Path, out: Path | None = None, choices: Choices | None 
         raise ValueError(f"no run of the sweep {folder} that counts has ended yet: run it first")
     baseline = _baseline(sweep, chosen)
     sections = [_case_section(sweep, case, baseline, chosen) for case in cases]
-    sections += [_exactness_section(cases), _origin_section(cases)]
+    varied = list(dict.fromkeys(key for entry in sweep.entries for key in entry.varied))
+    sections += [privacy_section(cases, varied), _exactness_section(cases), _origin_section(cases)]
     full = [section for section in sections if section.blocks or section.sections]
     summary, command = _summary(cases, baseline, chosen), _command(folder, out, chosen)
     return Report(f"Sweep {sweep.name}", summary, full, command)

@@ -1,0 +1,151 @@
+"""What privacy costs: final accuracy against epsilon, and the noise that the budget takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from fedlora.canvas import Axes
+from fedlora.privacy.ledger import LEDGERS, SUFFIX, read_ledger
+from fedlora.rundir import Run, number, plain
+from fedlora.significance import estimate
+from fedlora.sweep_report.cases import Arm, Case
+from fedlora.sweep_report.content import Panel, Picture, Section, Table, Words
+from fedlora.sweep_report.drawing import arm_style, label_axes, legend_of, percent_axis
+from fedlora.sweep_report.findings import final, setting
+from fedlora.sweep_report.tables import with_half
+
+NONE = math.inf  # the epsilon of a run without privacy
+WIDTH = 0.5  # how far apart the methods of one epsilon stand, in steps of the axis
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """A case as one epsilon among others; `rest` is what else tells cases apart."""
+
+    epsilon: float
+    rest: tuple[str, ...]
+    case: Case
+
+
+def privacy_section(cases: Sequence[Case], varied: Sequence[str]) -> Section:
+    """Figures and tables over all cases that differ in their epsilon; empty where none do.
+
+    `varied` are the settings in which the sweep's runs differ.
+    """
+    levels = [_level(case, varied) for case in cases if case.there]
+    groups: dict[tuple[str, ...], list[Level]] = {}
+    for level in sorted(levels, key=lambda one: one.epsilon):
+        groups.setdefault(level.rest, []).append(level)
+    several = {rest: found for rest, found in groups.items() if len(found) > 1}
+    if not several:
+        return Section("Privacy")
+    tables = [_table(rest, found) for rest, found in several.items()]
+    words = Words([
+        "Epsilon is each client's over the whole run, at the run's delta, for adding or removing "
+        "one example (or zeroing one client). The choice of settings is not in it."
+    ])  # fmt: skip
+    return Section("Privacy", [words, _picture(several), *tables])
+
+
+def run_epsilon(run: Run) -> float:
+    """The budget of a run; infinite without privacy."""
+    if setting(run, "privacy.unit") in (None, "none"):
+        return NONE
+    return number(run.config, ("privacy", "epsilon"))
+
+
+def run_noise(run: Run) -> float:
+    """The largest noise multiplier in the run's ledgers; 0 where there are none."""
+    ledgers = [read_ledger(path) for path in sorted((run.path / LEDGERS).glob(f"*{SUFFIX}"))]
+    drawn = [one.noise for ledger in ledgers for i in ledger.intents for one in i.mechanisms]
+    return max(drawn, default=0.0)
+
+
+def _level(case: Case, varied: Sequence[str]) -> Level:
+    run = case.there[0].all[0]
+    rest = [key for key in varied if not key.startswith(("privacy.", "merge.", "run.", "client."))]
+    return Level(run_epsilon(run), tuple(_short(key, setting(run, key)) for key in rest), case)
+
+
+def _arms(levels: Sequence[Level]) -> list[Arm]:
+    return list({arm.method: arm for level in levels for arm in level.case.there}.values())
+
+
+def _picture(groups: Mapping[tuple[str, ...], Sequence[Level]]) -> Picture:
+    panels = []
+    for rest, levels in groups.items():
+        title = ", ".join(rest) or "all clients"
+        panels += [
+            Panel(title, partial(_draw_accuracy, levels=levels)),
+            Panel(f"Noise, {title}", partial(_draw_noise, levels=levels)),
+        ]
+    arms = _arms([level for levels in groups.values() for level in levels])
+    caption = (
+        "Left of each pair: final accuracy on the shared evaluation set, means over seeds with "
+        "95 % intervals, methods side by side at each epsilon. Right: the noise multiplier "
+        "(deviation over the clip, per step) that the budget takes, the largest of all clients and "
+        "runs."
+    )
+    look = [(name, style | {"linestyle": ""}) for name, style in legend_of(arms)]
+    return Picture("privacy", "Accuracy against epsilon", caption, panels, look)
+
+
+def _draw_accuracy(ax: Axes, levels: Sequence[Level]) -> None:
+    arms = _arms(levels)
+    for index, arm in enumerate(arms):
+        aside = (index - (len(arms) - 1) / 2) * WIDTH / max(len(arms), 1)
+        for place, level in enumerate(levels):
+            own = level.case.arm(arm.method)
+            if own is None:
+                continue
+            found = final(own)
+            half = found.half if math.isfinite(found.half) else 0.0
+            look = arm_style(arm) | {"linestyle": ""}
+            width = {"ecolor": arm_style(arm)["color"], "elinewidth": 1.4, "capsize": 2}
+            ax.errorbar([place + aside], [found.mean], yerr=[half], **look, **width)
+    _epsilon_axis(ax, levels)
+    percent_axis(ax)
+
+
+def _draw_noise(ax: Axes, levels: Sequence[Level]) -> None:
+    for place, level in enumerate(levels):
+        noise = max(run_noise(run) for arm in level.case.there for run in arm.all)
+        ax.bar([place], [noise], width=0.5, color="#999999")
+        ax.annotate(plain(noise, ".2g") if noise else "none", (place, noise), (0, 2),
+                    textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
+    _epsilon_axis(ax, levels)
+    label_axes(ax, "epsilon", "noise multiplier")
+
+
+def _epsilon_axis(ax: Axes, levels: Sequence[Level]) -> None:
+    ax.set_xticks(range(len(levels)), [_name(level.epsilon) for level in levels])
+    ax.set_xlim(-0.6, len(levels) - 0.4)
+    ax.grid(visible=False, axis="x")
+    label_axes(ax, "epsilon")
+
+
+def _table(rest: tuple[str, ...], levels: Sequence[Level]) -> Table:
+    rows = []
+    for arm in _arms(levels):
+        own = [level.case.arm(arm.method) for level in levels]
+        cells = [with_half(final(one), 100.0) if one else "-" for one in own]
+        rows.append([arm.method, *cells])
+    noises = [
+        estimate([run_noise(run) for arm in level.case.there for run in arm.all]).mean
+        for level in levels
+    ]
+    rows.append(["noise multiplier", *(plain(noise, ".3g") for noise in noises)])
+    title = f"Final accuracy by epsilon, %{': ' if rest else ''}{', '.join(rest)}"
+    return Table(title, ["method", *(_name(level.epsilon) for level in levels)], rows)
+
+
+def _short(key: str, value: object) -> str:
+    """`clients 3` for partition.clients = 3."""
+    return f"{key.rpartition('.')[2]} {value}"
+
+
+def _name(epsilon: float) -> str:
+    return "none" if epsilon == NONE else f"{epsilon:g}"
