@@ -7,6 +7,7 @@ config alone, never on which client ran before.
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from fedlora.model import Model, read_adapter, train_only, write_adapter
 from fedlora.moments import moments, restore, transported
 from fedlora.partition import Rows
 from fedlora.privacy.example import Budgets
+from fedlora.privacy.plan import hides_evaluation
 from fedlora.rules import Plan
 from fedlora.seeding import derive, numpy_generator
 from fedlora.settings import ClientSettings, shares_metrics, steps_per_round
@@ -52,7 +54,7 @@ def make_fit(model: Model, data: Data, config: Config, ledgers: Path | None = No
             state = replace(state, optimiser=transported(state.optimiser, state.adapter, adapter))
         write_adapter(model, adapter)
         with torch.random.fork_rng(_cuda_index(model)):
-            torch.manual_seed(derive(config.run.seed, "client", client, round))
+            torch.manual_seed(_training_seed(config, client, round))
             training = _train(model, data, config, client, round, plan, state, private)
         trained = read_adapter(model, adapter)
         metrics = training.metrics | _own_scores(model, data, config, client, round)
@@ -219,25 +221,41 @@ def _gradients(
         return
     from fedlora.privacy.dpsgd import poisson_batch, private_steps
 
-    mechanism = private.charge(client, round, len(rows))
+    mechanism = private.mechanism(len(rows))
     expected = mechanism.sampling * len(rows)
     with private_steps(
         model.network, parameters,
         clip=config.privacy.clip, noise=mechanism.noise, expected=expected,
     ) as steps:  # fmt: skip
 
+        def backward(drawn: Rows) -> list[Tensor]:
+            steps.begin(len(drawn))
+            if not len(drawn):
+                return []
+            losses = _losses(model, steps.module, data, drawn)
+            losses.sum().backward()
+            return [losses.detach().mean()]
+
         def noised() -> list[Tensor]:
-            drawn = poisson_batch(rows, mechanism.sampling)
-            found = []
-            if len(drawn):
-                losses = _losses(model, steps.module, data, drawn)
-                losses.sum().backward()
-                found = [losses.detach().mean()]
-            steps.finish(len(drawn))
+            found = backward(poisson_batch(rows, mechanism.sampling))
+            steps.finish()
             return found
 
+        backward(rows[:2])
+        steps.rehearse()  # a layer that cannot be private ends the round before it is charged
+        private.charge(client, round, len(rows))
         yield noised
         steps.check()
+
+
+def _training_seed(config: Config, client: str, round: int) -> int:
+    """What dropout is drawn from: the run's seed, but for privacy the system's randomness.
+
+    Masks that are known would depend on who else is in the batch, and tell it.
+    """
+    if config.privacy.unit == "example":
+        return secrets.randbits(63)
+    return derive(config.run.seed, "client", client, round)
 
 
 def _losses(model: Model, network: nn.Module, data: Data, rows: Rows) -> Tensor:
@@ -273,10 +291,12 @@ def _own_scores(
     began = perf_counter()
     scores: dict[str, Scores] = {}
     rows = evaluation_rows(config, data, round)
+    lets_out = shares_metrics(config.privacy)
     if rows is not None and config.evaluate.clients:
         batch = config.evaluate.batch
-        scores["evaluation"] = evaluate(model, data.evaluation, rows, batch)
-        if data.heldout[client].size and shares_metrics(config.privacy):
+        if not hides_evaluation(config, data):
+            scores["evaluation"] = evaluate(model, data.evaluation, rows, batch)
+        if data.heldout[client].size and lets_out:
             scores["heldout"] = evaluate(model, data.train, data.heldout[client], batch)
     named = {
         f"{kind}.{name}": float(value)

@@ -27,7 +27,6 @@ from fedlora.settings import (
     PartitionSettings,
     PrivacySettings,
     RunSettings,
-    shares_metrics,
 )
 
 Flat: TypeAlias = dict[str, bool | int | float | str]
@@ -138,6 +137,11 @@ def make_config(flat: Mapping[str, Any], *, merges: bool = True) -> Config:
         sections[section][name] = _coerced(key, value, _HINTS[section][name])
     config = Config(**{name: _SECTIONS[name](**values) for name, values in sections.items()})
     _check(config)
+    if sections["privacy"] and "unit" not in sections["privacy"]:
+        raise ValueError(
+            f"privacy.{next(iter(sections['privacy']))} is set, privacy.unit is not: take "
+            "'example' (or 'client'), or say 'none'"
+        )
     if merges:
         _check_merge(config)
     return config
@@ -247,10 +251,9 @@ def _check(config: Config) -> None:
             f"data.label_names has {len(config.data.label_names)} names for "
             f"{len(config.data.labels)} data.labels: give one name per label, in the same order"
         )
-    if config.run.save_best and (config.data.holdout == 0 or not shares_metrics(config.privacy)):
+    if config.run.save_best and config.data.holdout == 0:
         raise ValueError(
-            "run.save_best needs data.holdout above 0, and with privacy privacy.share_metrics: it "
-            "chooses on held-out training rows"
+            "run.save_best needs data.holdout above 0: it chooses on held-out training rows"
         )
 
 

@@ -70,13 +70,17 @@ class Examples:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Everything that training and evaluation read, tokenised; rows are numbers into `train`."""
+    """Everything that training and evaluation read, tokenised; rows are numbers into `train`.
+
+    `own_evaluation`: the evaluation set is made of clients' rows, so that scores on it are private.
+    """
 
     train: Examples
     rows: Parts
     heldout: Parts
     evaluation: Examples
     evaluation_rows: Rows
+    own_evaluation: bool = False
 
 
 def read_silos(config: Config) -> Silos:
@@ -138,7 +142,7 @@ def tokenised(config: Config, silos: Silos, tokenizer: Any) -> Data:
                 f"data.holdout = {config.data.holdout} of so few rows holds out none, and there "
                 "is no data.evaluate: set it, or hold out more"
             )
-        return Data(train, rows, heldout, train, pooled)
+        return Data(train, rows, heldout, train, pooled, own_evaluation=True)
     ids = label_ids(silos.evaluation, silos.labels)
     evaluation = encode(silos.evaluation, ids, tokenizer, config.data.max_length)
     return Data(train, rows, heldout, evaluation, np.arange(len(evaluation)))

@@ -133,6 +133,7 @@ def merge_policy(config: Config, clients: list[str]) -> Policy:
         robust_faulty=merge.robust_faulty,
         min_clients=config.run.min_clients,
         max_failed_rounds=config.run.max_failed_rounds,
+        whoever=config.privacy.unit == "client",
         receivers=_receivers(config, clients),
     )
 

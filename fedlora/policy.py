@@ -44,7 +44,8 @@ class Policy:
     says (above 1: beyond). `min_clients` good replies make a round (0: all that were asked), and
     `max_failed_rounds` rounds in a row with fewer end the run. `robust_bound` and `robust_faulty`
     as in `robust.robust_coefficients`.
-    `receivers` names the clients with a rank of their own.
+    `receivers` names the clients with a rank of their own. `whoever` merges what came back, be it
+    nothing: where going on or not would tell who answered.
     """
 
     weighting: Weighting = "examples"
@@ -57,6 +58,7 @@ class Policy:
     robust_faulty: int = 0
     min_clients: int = 0
     max_failed_rounds: int = 1
+    whoever: bool = False
     receivers: Mapping[str, Receiver] = field(default_factory=dict)
 
 

@@ -26,8 +26,8 @@ from fedlora.evaluate import Scores, evaluate
 from fedlora.files import write_text
 from fedlora.model import Model, parameter_counts, save_adapter, save_merged, write_adapter
 from fedlora.modes import GLOBAL, Step, for_mode, loop_adapters
-from fedlora.privacy.ledger import LEDGERS, close_all
-from fedlora.privacy.plan import announce
+from fedlora.privacy.ledger import LEDGERS, close_all, heads
+from fedlora.privacy.plan import hides_evaluation
 from fedlora.records import Record, round_record, summary_record
 from fedlora.resume import CHECKPOINTS, Resumed
 from fedlora.robust import warning
@@ -47,6 +47,7 @@ class Job:
     model: Model
     start: Adapter
     resumed: Resumed | None = None
+    privacy: Sequence[str] = ()  # what it will cost, in words
 
     @property
     def folder(self) -> Path:
@@ -144,7 +145,9 @@ def _begun(job: Job) -> _Done:
 def _keep(folder: Path, step: Step, done: _Done) -> None:
     """The checkpoint of a round, whose line is in the log already."""
     best = done.best[2] if done.best else {}
-    notes = {"best": list(done.best[:2]) if done.best else []}
+    notes: dict[str, Any] = {"best": list(done.best[:2]) if done.best else []}
+    if (folder / LEDGERS).is_dir():
+        notes["ledgers"] = heads(folder / LEDGERS)
     save_checkpoint(folder / CHECKPOINTS, Checkpoint(step.round, step.loops, best, notes))
     close_all(folder / LEDGERS, step.round)
 
@@ -156,7 +159,7 @@ def _notes(job: Job, sizes: Mapping[str, Any], place: Mapping[str, Any]) -> list
     federated = config.run.mode == "federated"
     notes = [warning(config.merge.robust, a_round)] if federated else []
     notes += job.resumed.notes(versions() | dict(place)) if job.resumed else []
-    notes += announce(config, {c: s["train"] for c, s in sizes.items()}, job.start)
+    notes += job.privacy
     return [note for note in notes if note]
 
 
@@ -167,8 +170,9 @@ def _evaluated(
     own).
     """
     rows, batch = evaluation_rows(config, data, round), config.evaluate.batch
-    if rows is None or not len(rows):  # not now, or the server has nothing to evaluate on
-        return None, {}
+    lets_out = shares_metrics(config.privacy)
+    if rows is None or not len(rows) or hides_evaluation(config, data):
+        return None, {}  # not now, or nothing that may be scored
     heldout: dict[str, Scores] = {}
     shared: Scores | None = None
     for name, adapter in adapters.items():
@@ -176,7 +180,7 @@ def _evaluated(
         if name == GLOBAL:
             shared = evaluate(model, data.evaluation, rows, batch)
         for client in data.heldout if name == GLOBAL else [name]:
-            if data.heldout[client].size and shares_metrics(config.privacy):
+            if data.heldout[client].size and lets_out:
                 heldout[client] = evaluate(model, data.train, data.heldout[client], batch)
     for scores in (shared, *heldout.values()):
         if scores is not None and not math.isfinite(scores.loss):

@@ -14,6 +14,7 @@ from typing import Any
 from fedlora.checkpoint import Checkpoint, latest_checkpoint
 from fedlora.config import Config
 from fedlora.files import write_text
+from fedlora.privacy.ledger import LEDGERS, check_heads
 from fedlora.runlog import read_config, read_json
 
 CHECKPOINTS = "checkpoints"
@@ -66,6 +67,7 @@ def find(folder: Path, config: Config | None = None) -> tuple[Config, Resumed]:
     log = records(folder)
     if any((folder / CHECKPOINTS).glob("round-*.ckpt")):
         checkpoint, problems = latest_checkpoint(folder / CHECKPOINTS)
+        check_heads(folder / LEDGERS, checkpoint.notes.get("ledgers", {}))
         log = log[: checkpoint.round + 1]
         if len(log) != checkpoint.round + 1:
             raise ValueError(

@@ -131,7 +131,7 @@ def close_round(
     failures.sort(key=lambda failure: (failure.client, failure.code, failure.reason))
     good = [results[client] for client in sorted(results)]
     received = sum(sizes[client] for client in results)
-    if len(good) < (policy.min_clients or len(opened.messages)):
+    if not policy.whoever and len(good) < (policy.min_clients or len(opened.messages)):
         return Closed(_failed(opened, state, good, failures, policy), good, failures, received)
     merged = merge(rule, state, good, opened.round, policy)
     merged = replace(merged, memory={**merged.memory, FAILED: 0.0})

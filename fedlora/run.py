@@ -17,8 +17,8 @@ from fedlora.data import read_silos, tokenised
 from fedlora.model import configured_model, longest_input, read_adapter
 from fedlora.modes import for_mode, merge_policy, steps
 from fedlora.privacy.ledger import LEDGERS
+from fedlora.privacy.plan import announce, hides_evaluation, merge_for
 from fedlora.privacy.plan import check as check_privacy
-from fedlora.privacy.plan import merge_for
 from fedlora.recording import Job, Watch, recording, run_folder
 from fedlora.resume import Resumed
 from fedlora.rules import Plan, get_rule
@@ -52,7 +52,14 @@ def prepare(config: Config, resumed: Resumed | None = None) -> Job:
         merge_policy(config, sorted(silos.parts))
     check_privacy(config)
     data = tokenised(config, silos, model.tokenizer)
-    return Job(config, data, model, start, resumed)
+    if config.privacy.unit == "example" and hides_evaluation(config, data):
+        raise ValueError(
+            "privacy.unit = 'example' needs data.evaluate, a public set: without it the clients' "
+            "own held-out rows are scored; or let them be with privacy.share_metrics = true"
+        )
+    executed, pooled = for_mode(config, data)
+    rows = {client: len(own) for client, own in pooled.rows.items()}
+    return Job(config, data, model, start, resumed, announce(executed, rows, start))
 
 
 def execute(job: Job, watch: Watch = lambda event, facts: None) -> Path:

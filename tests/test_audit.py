@@ -64,7 +64,8 @@ def sgd_game(noise: float, steps: int) -> Callable[[bool], float]:
         runner = PrivateSteps(nn.Identity(), layer, clip, noise, 4.0, {})
         for _ in range(steps):
             layer["w"].grad_sample = torch.cat([others, canary]) if there else others.clone()
-            runner.finish(5 if there else 4)
+            runner.begin(5 if there else 4)
+            runner.finish()
             seen.append(layer["w"].grad.double())
         return float((torch.stack(seen).mean(dim=0) * along).sum())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from conftest import dense, dense_mean, nearest_of_rank, normal, random_adapter,
 from scipy import stats
 
 from fedlora.adapter import Adapter, ClientResult, Factors, change, flatten, frobenius
-from fedlora.policy import PLAIN
+from fedlora.policy import PLAIN, Policy
 from fedlora.privacy import client_level
 from fedlora.privacy.accounting import Mechanism, epsilon
 from fedlora.privacy.client_level import (
     CLIP,
+    Design,
     Noising,
     PrivateMerge,
     clip_factor,
@@ -24,7 +26,7 @@ from fedlora.privacy.client_level import (
     update,
     update_norm,
 )
-from fedlora.privacy.designs import DESIGNS, predict, spectral
+from fedlora.privacy.designs import predict, spectral
 from fedlora.privacy.ledger import Terms, read_ledger
 from fedlora.rules import get_rule
 from fedlora.server import ServerState
@@ -32,7 +34,7 @@ from fedlora.sums import EXCHANGES, weighted
 
 pytest.importorskip("dp_accounting")
 TERMS = Terms("all clients", "client", 50.0, 1e-5)
-each_design = pytest.mark.parametrize("design", DESIGNS)
+each_design = pytest.mark.parametrize("design", get_args(Design))
 
 
 @pytest.fixture
@@ -119,10 +121,11 @@ def contribution(design: str, sent: Adapter, back: Adapter, clip: float) -> floa
     exchange, prev = EXCHANGES[design], sent.layers["w"]
     public, worst = exchange.begin(prev, 0), 0.0
     for _ in range(exchange.messages):
-        layer = client_level._layer(moved, "w", prev)
-        message = exchange.encode(public, weighted(layer, factor))
+        if not factor:
+            return 0.0
+        message = exchange.encode(public, weighted(moved.layers["w"], factor))
         squares = sum(float(tensor.square().sum()) for tensor in message.values())
-        head = moved.dense["h"] * factor if factor else torch.zeros(3)
+        head = moved.dense["h"] * factor
         worst = max(worst, math.sqrt(squares + float(head.square().sum())))
         found = exchange.follow(public, message)
         if isinstance(found, Factors):
@@ -221,10 +224,19 @@ def test_nothing_is_merged_beyond_the_budget(tmp_path: Path) -> None:
 def test_noise_is_the_clip_times_its_multiplier_over_the_clients() -> None:
     """1.2 million numbers of a layer that nobody changed: deviation within 0.5 %, kurtosis 3."""
     prev = random_factors(0, 1200, 1000, 4)
-    noised = dense(noised_sum(EXCHANGES["increment"], prev, [], 0.37, 0)).numpy().ravel()
+    noised = dense(noised_sum(EXCHANGES["increment"], prev, list, 0.37, 0)).numpy().ravel()
     assert noised.std() == pytest.approx(0.37, rel=0.005)
     assert stats.kurtosis(noised, fisher=False) == pytest.approx(3, abs=0.05)
     assert abs(noised.mean()) < 5 * 0.37 / math.sqrt(noised.size)
+
+
+def test_what_the_round_does_not_train_gets_no_noise(tmp_path: Path) -> None:
+    """A frozen head stays as it is to the bit, and counts for no norm."""
+    start, moved = results()
+    run = merge(tmp_path, noise=6.0, clip=0.5)
+    done = run(get_rule("fra"), ServerState(start), moved, 1, Policy(head="freeze"))
+    for name, tensor in start.dense.items():
+        assert torch.equal(done.adapter.dense[name], tensor)
 
 
 def test_a_round_noises_every_head_and_layer(tmp_path: Path) -> None:
@@ -248,7 +260,7 @@ def test_the_predicted_noise_is_the_noise_of_the_design(design: str) -> None:
     prev = random_factors(0, 80, 60, 4)
     exchange = EXCHANGES[design]
     norms = [
-        float(torch.linalg.matrix_norm(dense(noised_sum(exchange, prev, [], 1.0, t)), 2))
+        float(torch.linalg.matrix_norm(dense(noised_sum(exchange, prev, list, 1.0, t)), 2))
         for t in range(20)
     ]
     assert 0.6 < np.mean(norms) / spectral(design, (80, 60), 4) < 1.02
@@ -261,7 +273,10 @@ def test_predictions_fall_with_the_clients() -> None:
     assert few.ratio == pytest.approx(100 * many.ratio)
     assert few.ratio > 1
     assert few.threshold == pytest.approx(math.sqrt(384))
-    assert predict("core", shapes, 8, noise=3.0, clients=3)["a"].ratio < few.ratio / 5
+    assert predict("rows", shapes, 8, noise=3.0, clients=3)["a"].ratio < few.ratio
+    core = predict("core", shapes, 8, noise=3.0, clients=3)["a"]
+    assert core.noise < few.noise / 5
+    assert core.ratio == pytest.approx(few.ratio)  # random columns see as much less
 
 
 # ---------------------------------------------------------------- adaptive clipping

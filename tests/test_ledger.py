@@ -16,8 +16,10 @@ from fedlora.privacy.accounting import Mechanism, epsilon
 from fedlora.privacy.ledger import (
     Intent,
     Terms,
+    check_heads,
     close,
     close_all,
+    heads,
     intend,
     open_ledger,
     read_ledger,
@@ -111,7 +113,6 @@ def with_(line: bytes, old: bytes, new: bytes) -> bytes:
         ("another kind", lambda lines: [*lines[:4], changed(lines[4], kind="gift")]),
         ("a byte of a hash", lambda lines: [*lines[:4], changed(lines[4], hash="0" * 64)]),
         ("not a line of ours", lambda lines: [*lines, b"[]\n"]),
-        ("nothing at all", lambda lines: []),
     ],
 )
 def test_an_edited_ledger_is_refused(path: Path, what: str, edit) -> None:
@@ -132,6 +133,28 @@ def test_a_line_cut_short_by_a_crash_was_never_drawn_for(path: Path, cut: int) -
     assert [one.round for one in read_ledger(path).intents] == [1, 2]
     intend(path, TERMS, 3, [STEP])
     assert path.read_bytes() == b"".join(lines)
+
+
+def test_a_first_line_that_was_cut_short_opened_nothing(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(written(path.parent / "other.ledger")[0][:40])
+    intend(path, TERMS, 1, [STEP])
+    assert len(read_ledger(path).intents) == 1
+
+
+def test_a_ledger_that_was_shortened_or_replaced_is_noticed(path: Path) -> None:
+    lines = written(path)
+    known = heads(path.parent)
+    check_heads(path.parent, known)
+    intend(path, TERMS, 4, [Mechanism(100.0)])
+    check_heads(path.parent, known)
+    for left in ([], lines[:1], lines[:4]):
+        path.write_bytes(b"".join(left))
+        with pytest.raises(ValueError, match=r"lines are missing|is empty"):
+            check_heads(path.parent, known)
+    path.unlink()
+    with pytest.raises(ValueError, match="lines are missing"):
+        check_heads(path.parent, known)
 
 
 def test_all_ledgers_of_a_folder_are_closed(tmp_path: Path) -> None:

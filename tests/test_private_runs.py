@@ -14,13 +14,14 @@ from crashes import killed_at
 from flower_grid import LocalGrid
 from typer.testing import CliRunner
 
+from fedlora import run
 from fedlora.cli import app
 from fedlora.flower.app import client
-from fedlora.flower.node import load_node, refusal
+from fedlora.flower.node import ledger_folder, load_node, refusal
 from fedlora.flower.serving import serve
 from fedlora.flower.wire import Order
-from fedlora.privacy.accounting import Mechanism, epsilon
-from fedlora.privacy.ledger import LEDGERS, Intent, read_ledger
+from fedlora.privacy.accounting import Mechanism, epsilon, noise_for
+from fedlora.privacy.ledger import LEDGERS, Intent, Terms, intend, read_ledger
 from fedlora.privacy.statement import statement
 from fedlora.resume import find
 from fedlora.rules import Plan
@@ -170,6 +171,54 @@ def test_an_edited_ledger_ends_the_run(place: Place) -> None:
         told(folder)
 
 
+def test_a_ledger_that_is_gone_ends_the_run(place: Place) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        started(place, killed_in_round(2), **PRIVATE, privacy__rounds=5)
+    folder = place.folder / "run"
+    (folder / LEDGERS / "2.ledger").unlink()
+    with pytest.raises(ValueError, match=r"2\.ledger is not the ledger that this run went on with"):
+        resumed(folder, place.config("run", **PRIVATE, privacy__rounds=5))
+
+
+def test_without_a_public_evaluation_set_private_rows_would_be_scored(place: Place) -> None:
+    with pytest.raises(ValueError, match=r"needs data\.evaluate, a public set"):
+        started(place, **{**PRIVATE, "data__evaluate": ""})
+    folder = started(place, **{**PRIVATE, "data__evaluate": ""}, privacy__share_metrics=True)
+    assert records(folder)[-1]["global"] is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"client__ranks": [1, 2]}, "does not go with client.ranks"),
+        ({"run__save_best": True}, "run.save_best chooses on held-out rows"),
+        ({"privacy__rounds": 1}, "privacy.rounds = 1 are fewer than the 2 rounds"),
+        ({"privacy__delta": 0.1}, "lets one of 12 examples through"),
+    ],
+)
+def test_settings_that_do_not_go_with_private_examples_are_refused(
+    place: Place, settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        started(place, **{**PRIVATE, **settings})
+    assert not (place.folder / "run").exists()
+
+
+def test_privacy_without_a_unit_is_refused(place: Place) -> None:
+    with pytest.raises(ValueError, match=r"privacy\.epsilon is set, privacy\.unit is not"):
+        place.config("run", privacy__epsilon=3.0)
+    place.config("run", privacy__epsilon=3.0, privacy__unit="none")
+
+
+def test_pooled_training_is_planned_as_it_is_executed(place: Place) -> None:
+    folder = started(place, **PRIVATE, run__mode="central")
+    (path,) = (folder / LEDGERS).glob("*.ledger")
+    ledger = read_ledger(path)
+    assert ledger.terms.owner == "central"
+    assert ledger.intents[0].mechanisms[0].sampling == pytest.approx(12 / 36)
+    assert 7.9 < ledger.spent <= 8
+
+
 def test_a_run_says_what_it_will_cost_before_it_trains(place: Place) -> None:
     notes: list[str] = []
     started(place, lambda event, facts: notes.extend(facts["notes"]) if event == "start" else None,
@@ -206,7 +255,7 @@ def test_noise_that_drowns_the_update_is_refused_with_the_number_of_clients(plac
         started(place, **settings)
     for design in ("increment", "rows", "core", "power", "sketch"):
         assert design in str(found.value)
-    assert not (place.folder / "run" / LEDGERS).exists()
+    assert not (place.folder / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -219,6 +268,10 @@ def test_noise_that_drowns_the_update_is_refused_with_the_number_of_clients(plac
         ({"merge__server_lr": 0.5}, "merge.server_lr = 1.0"),
         ({"client__ranks": [1, 2]}, r"client.ranks = \[\]"),
         ({"run__mode": "central"}, "run.mode = 'federated'"),
+        ({"run__min_clients": 1}, "run.min_clients = 0"),
+        ({"run__save_best": True}, "run.save_best = False"),
+        ({"privacy__rounds": 1}, "privacy.rounds = 1 are fewer than run.rounds = 2"),
+        ({"privacy__delta": 0.1, "partition__clients": 10}, "lets one of 10 clients through"),
     ],
 )
 def test_settings_that_would_break_the_bound_are_refused(
@@ -226,6 +279,28 @@ def test_settings_that_would_break_the_bound_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=says):
         started(place, **{**TRUSTED, **settings})
+
+
+def test_a_client_that_fails_adds_nothing_and_stops_nothing(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Going on without it is what the run would do if the client were not there."""
+    make = run.make_fit
+
+    def broken(*args: Any) -> Any:
+        fit = make(*args)
+
+        def failing(client: str, *rest: Any) -> Any:
+            if client == "1":
+                raise ValueError("diverged")
+            return fit(client, *rest)
+
+        return failing
+
+    monkeypatch.setattr(run, "make_fit", broken)
+    folder = started(place, **TRUSTED)
+    assert summary(folder)["rounds"] == 2
+    assert [one["client"] for one in records(folder)[-1]["failures"]] == ["1"]
 
 
 # ---------------------------------------------------------------- on Flower
@@ -253,35 +328,80 @@ def test_a_server_on_flower_charges_its_ledger(place: Place) -> None:
     assert 7.9 < read_ledger(folder / LEDGERS / "server.ledger").spent <= 8
 
 
-@pytest.mark.parametrize(
-    ("limit", "before", "code"),
-    [(8, 0, None), (7.9, 0, "epsilon"), (12, 6, "epsilon"), (15, 6, None)],
-)
-def test_a_node_allows_so_much_epsilon_over_all_runs(
-    place: Place, limit: float, before: float, code: str | None
-) -> None:
-    from fedlora.privacy.accounting import noise_for
-    from fedlora.privacy.ledger import Terms, intend
+ORDER_RUN = "run/0"
 
-    flat = place.config("run", **PRIVATE).flat()
-    ready = load_node(flat, {"partition-id": 1, "epsilon": limit, "state": str(place.folder)})
+
+def order(ready: Any, name: str = ORDER_RUN) -> Order:
+    return Order(name, 1, "1", Plan(*[frozenset({"A", "B", "head"})] * 3), ready.loaded.base)
+
+
+@pytest.mark.parametrize(
+    ("limits", "before", "settings", "code"),
+    [
+        ({"epsilon": 8}, 0, {}, None),
+        ({"epsilon": 7.9}, 0, {}, "epsilon"),
+        ({"epsilon": 12}, 6, {}, "epsilon"),
+        ({"epsilon": 15}, 6, {}, None),
+        ({"epsilon": 15, "delta": 1.005e-3}, 6, {}, "epsilon"),  # the deltas add up
+        ({"epsilon": 15, "delta": 1.05e-3}, 6, {}, None),
+        ({"epsilon": 8}, 0, {"privacy__delta": 0.08}, None),
+        ({"epsilon": 8, "delta": 1e-5}, 0, {}, "epsilon"),
+        ({"epsilon": 8}, 0, {"privacy__share_metrics": True}, "epsilon"),
+        ({"epsilon": 8, "share-metrics": True}, 0, {"privacy__share_metrics": True}, None),
+    ],
+)
+def test_a_node_allows_so_much_over_all_runs(
+    place: Place, limits: dict[str, Any], before: float, settings: dict[str, Any], code: str | None
+) -> None:
+    flat = place.config("run", **{**PRIVATE, **settings}).flat()
+    ready = load_node(flat, {"partition-id": 1, "state": str(place.folder), **limits})
     if before:
         terms = Terms("1", "example", float(before), 1e-5)
         noise = Mechanism(noise_for(float(before), 1e-5, 1))
-        intend(ready.states / LEDGERS / "older-0" / "1.ledger", terms, 1, [noise])
-    refused = refusal(ready, Order("run/0", 1, "1", plan(), ready.loaded.base))
+        intend(ledger_folder(ready.states, "../older/0") / "1.ledger", terms, 1, [noise])
+    refused = refusal(ready, order(ready))
     assert (refused[0] if refused else None) == code
 
 
 def test_a_node_with_a_limit_refuses_a_run_without_privacy(place: Place) -> None:
-    ready = load_node(place.config("run").flat(), {"partition-id": 1, "epsilon": 8})
-    refused = refusal(ready, Order("run/0", 1, "1", plan(), ready.loaded.base))
+    own = {"partition-id": 1, "epsilon": 8, "state": str(place.folder)}
+    ready = load_node(place.config("run").flat(), own)
+    refused = refusal(ready, order(ready))
     assert refused is not None
     assert refused[1].startswith("the run protects no examples")
 
 
-def plan() -> Plan:
-    return Plan(*[frozenset({"A", "B", "head"})] * 3)
+def test_a_node_takes_orders_of_the_run_that_it_was_set_up_for_alone(place: Place) -> None:
+    """A name of the server's choice would be a ledger of the server's choice."""
+    ready = load_node(place.config("run", **PRIVATE).flat(), {"partition-id": 1})
+    for name in ("other/0", "run/1", "../run/0", ".."):
+        refused = refusal(ready, order(ready, name))
+        assert refused is not None
+        assert refused[0] == "run"
+
+
+def test_a_budget_needs_a_place_of_the_nodes_own(place: Place) -> None:
+    flat = place.config("run", **PRIVATE).flat()
+    with pytest.raises(ValueError, match='needs state="FOLDER"'):
+        load_node(flat, {"partition-id": 1, "epsilon": 8})
+    flat |= {"flower.clients": '["0", "1"]', "data.labels": '["neg", "pos"]'}
+    with pytest.raises(ValueError, match='needs state="FOLDER"'):
+        load_node(flat, {"name": "1", "data": str(place.train)})
+
+
+def test_a_node_with_its_own_rows_sends_no_scores_on_them(place: Place) -> None:
+    flat = place.config("run", **PRIVATE).flat()
+    flat |= {"flower.clients": '["a", "b"]', "data.labels": '["neg", "pos"]', "data.train": ""}
+    nodes = [
+        {"name": name, "data": str(place.train), "state": str(place.folder / "states")}
+        for name in ("a", "b")
+    ]
+    folder = serve(LocalGrid(client, flat, nodes), flat)
+    for found in records(folder)[-1]["clients"].values():
+        assert found["evaluation"] is None
+        assert found["heldout"] is None
+        assert found["train_loss"] is None
+        assert 7.9 < found["epsilon"] <= 8
 
 
 # ---------------------------------------------------------------- the statement

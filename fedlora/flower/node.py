@@ -29,7 +29,7 @@ from fedlora.modes import merge_policy
 from fedlora.policy import cut_for
 from fedlora.privacy.ledger import LEDGERS, SUFFIX, close_all, read_ledger
 
-LIMITS = ("max-rounds", "min-examples", "rules", "base", "epsilon")
+LIMITS = ("max-rounds", "min-examples", "rules", "base", "epsilon", "delta", "share-metrics")
 KEYS = ("name", "partition-id", "num-partitions", "data", "evaluate", "state", *LIMITS)
 KEPT = 3  # states of a client on its disk: after a damaged checkpoint two rounds are repeated
 
@@ -80,6 +80,12 @@ def load_node(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> 
     start = cut_for(loaded.start, policy.receivers.get(client))
     folder = node_config.get("state") or Path(loaded.config.run.out or ".") / "clients"
     limits = {key: node_config[key] for key in LIMITS if key in node_config}
+    private = loaded.config.privacy.unit == "example" and "data" in node_config
+    if (private or "epsilon" in limits) and "state" not in node_config:
+        raise ValueError(
+            'a node with a privacy budget needs state="FOLDER" in its node config: its ledger must '
+            "not lie where the server says"
+        )
     return Node(client, loaded, start, limits, Path(str(folder)) / client)
 
 
@@ -92,6 +98,9 @@ def refusal(node: Node, order: Order) -> tuple[str, str] | None:
     limits, rule = node.limits, node.loaded.config.merge.rule
     if order.client != node.client:
         return "client", f"this node is {node.client!r}, the order is for {order.client!r}"
+    own = node.loaded.config.run
+    if order.run != f"{own.name}/{own.seed}":
+        return "run", f"the order is of run {order.run!r}, the node was set up for {own.name!r}"
     if order.base != node.loaded.base:
         return "base", f"base model {node.loaded.base} here, {order.base} at the server"
     if "base" in limits and not node.loaded.base.startswith(str(limits["base"])):
@@ -131,24 +140,33 @@ def train(node: Node, order: Order, content: RecordDict) -> tuple[ClientResult, 
 
 def ledger_folder(states: Path, run: str) -> Path:
     """Where a node keeps its ledger of a run: one for each name and seed, whoever starts it."""
-    return states / LEDGERS / run.replace("/", "-")
+    return states / LEDGERS / hashlib.sha256(run.encode()).hexdigest()[:16]
 
 
 def _beyond_epsilon(node: Node, order: Order, limit: float) -> str:
     """Why this run would let out more of the node's examples than its owner allows; else nothing.
 
-    All runs count together: what they spent, and the whole budget of this one.
+    All runs count together: what they spent, and the whole budget of this one; their deltas must
+    stay within the limit `delta` (else below 1 / rows).
     """
     privacy, own = node.loaded.config.privacy, ledger_folder(node.states, order.run)
     if privacy.unit != "example":
         return f"the run protects no examples, epsilon is to stay within {limit:g} here"
-    others = [path for path in node.states.glob(f"{LEDGERS}/*/*{SUFFIX}") if path.parent != own]
-    spent = sum(read_ledger(path).spent for path in others)
-    if spent + privacy.epsilon <= limit:
+    if privacy.share_metrics and not node.limits.get("share-metrics"):
+        return "the run wants figures on private rows (privacy.share_metrics), not allowed here"
+    others = [
+        read_ledger(path)
+        for path in node.states.rglob(f"*{SUFFIX}")
+        if path.parent != own and b"\n" in path.read_bytes()
+    ]
+    spent = sum(ledger.spent for ledger in others)
+    deltas = privacy.delta + sum(ledger.terms.delta for ledger in others)
+    most = float(node.limits.get("delta", 1 / node.examples))
+    if spent + privacy.epsilon <= limit and deltas <= most:
         return ""
     return (
-        f"epsilon {privacy.epsilon:g} of this run and {spent:.3g} of {len(others)} others are "
-        f"beyond the {limit:g} allowed here"
+        f"epsilon {privacy.epsilon:g} of this run and {spent:.3g} of {len(others)} others (delta "
+        f"{deltas:.2g}) are beyond the {limit:g} (delta {most:.2g}) allowed here"
     )
 
 
@@ -215,7 +233,10 @@ def _load(run_text: str, own_text: str) -> Loaded:
     silos = read_silos(config)
     config = replace(config, data=replace(config.data, labels=silos.labels))
     model, start, base = load_shared(config, silos.labels)
-    return Loaded(config, model, tokenised(config, silos, model.tokenizer), start, base)
+    tokens = tokenised(config, silos, model.tokenizer)
+    if own_text:
+        tokens = replace(tokens, own_evaluation=True)  # its evaluation file is the node's own, too
+    return Loaded(config, model, tokens, start, base)
 
 
 def _client_name(names: list[str], node_config: Mapping[str, Any]) -> str:

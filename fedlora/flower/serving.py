@@ -19,8 +19,8 @@ from fedlora.flower.node import load_shared
 from fedlora.flower.strategy import FedloraStrategy
 from fedlora.modes import GLOBAL
 from fedlora.privacy.ledger import LEDGERS
+from fedlora.privacy.plan import announce, merge_for
 from fedlora.privacy.plan import check as check_privacy
-from fedlora.privacy.plan import merge_for
 from fedlora.recording import Job, recording, run_folder
 from fedlora.resume import Resumed, find
 from fedlora.rules import get_rule
@@ -62,6 +62,8 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> Path:
         rows = {c: np.broadcast_to(row, seen.examples) for c, seen in sorted(strategy.seen.items())}
         none = {client: np.arange(0) for client in rows}
         job = replace(job, data=replace(job.data, rows=rows, heldout=none))
+    known = {client: len(job.data.rows.get(client, ())) for client in names}
+    job = replace(job, privacy=announce(job.config, known, job.start))
     with recording(job, _told) as note:
         if checkpoint is None:
             note(None)

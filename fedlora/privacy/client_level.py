@@ -1,13 +1,13 @@
 """Client-level privacy on a trusted server: whole updates clipped, summed, noised, then merged.
 
-Neighbours: one client's update replaced by zero, who takes part being public. McMahan et al. 2018
-(1710.06963) with a fixed denominator and uniform weights, in the space of the increments.
+Neighbours: one client's answers left out; who is asked is public. McMahan et al. 2018 (1710.06963)
+with a fixed denominator and uniform weights, in the space of the increments.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias, cast
@@ -31,8 +31,8 @@ from fedlora.privacy.accounting import Mechanism
 from fedlora.privacy.ledger import Terms, intend
 from fedlora.privacy.noise import gaussian
 from fedlora.rules import Rule
-from fedlora.server import ServerState
-from fedlora.sums import EXCHANGES, Exchange, Message, weighted
+from fedlora.server import ServerState, plan_round
+from fedlora.sums import EXCHANGES, Exchange, weighted
 
 Design: TypeAlias = Literal["increment", "rows", "core", "power", "sketch"]
 CLIP = "clip"  # in the server's memory: the clip in force
@@ -99,47 +99,48 @@ class PrivateMerge:
         """
         intend(self.ledger, self.terms, round, self.noising.mechanisms)
         clip = state.memory.get(CLIP, self.noising.clip)
-        ordered = sorted(results, key=lambda result: result.client)
-        updates = [update(state.adapter, result.adapter) for result in ordered]
-        norms = [update_norm(one) for one in updates]
+        heads = "head" in plan_round(rule, policy.head, state, round).shares
+        before = state.adapter if heads else replace(state.adapter, dense={})
+        ordered = [r.adapter for r in sorted(results, key=lambda result: result.client)]
+        norms = [update_norm(update(before, after)) for after in ordered]
         factors = [clip_factor(norm, clip) / self.noising.clients for norm in norms]
         sigma = self.noising.message_noise * clip / self.noising.clients
-        adapter = self._merged(rule, state.adapter, updates, factors, sigma, round)
+        parts = [pair for pair in zip(ordered, factors, strict=True) if pair[1]]
+        layers = {
+            name: self._layer(rule, name, factors, parts, sigma, round)
+            for name, factors in before.layers.items()
+        }
+        dense = {name: _dense(name, tensor, parts, sigma) for name, tensor in before.dense.items()}
+        adapter = replace(state.adapter, layers=layers, dense={**state.adapter.dense, **dense})
         memory = {**state.memory, CLIP: clip}
         if self.noising.quantile:
             memory[CLIP] = self._next_clip(clip, norms)
         return ServerState(adapter, memory)
 
-    def _merged(
+    def _layer(
         self,
         rule: Rule,
-        before: Adapter,
-        updates: Sequence[Adapter],
-        factors: Sequence[float],
+        name: str,
+        before: Factors,
+        parts: Sequence[tuple[Adapter, float]],
         sigma: float,
         round: int,
-    ) -> Adapter:
-        exchange = EXCHANGES[self.noising.design]
-        layers = {}
-        for name, start in before.layers.items():
-            prev = precise(start)
-            scaled = [
-                weighted(_layer(one, name, prev), f)
-                for one, f in zip(updates, factors, strict=True)
-            ]
-            added = noised_sum(exchange, prev, scaled, sigma * exchange.stretch, self.seed + round)
-            merged = joined(self.noising.design, rule, prev, added)
-            layers[name] = converted(merged, torch.float32, "cpu")
-        dense = {
-            name: _noised_dense(tensor, [one.dense[name] for one in updates], factors, sigma)
-            for name, tensor in before.dense.items()
-        }
-        return replace(before, layers=layers, dense=dense)
+    ) -> Factors:
+        """One layer of the next adapter, float32; clients are read one after another."""
+        exchange, prev = EXCHANGES[self.noising.design], precise(before)
+
+        def updates() -> Iterator[Factors]:
+            for after, factor in parts:
+                yield weighted(change(prev, precise(after.layers[name])), factor)
+
+        added = noised_sum(exchange, prev, updates, sigma * exchange.stretch, self.seed + round)
+        return converted(joined(self.noising.design, rule, prev, added), torch.float32, "cpu")
 
     def _next_clip(self, clip: float, norms: Sequence[float]) -> float:
-        """C exp(-rate (share below C, noised, minus the quantile)), as a bit per client about 1/2.
+        """C exp(-rate (share below C, noised, minus the quantile)).
 
-        A client that did not answer adds nothing: the count is about half of the fixed number.
+        A client adds 1/2 or -1/2 to the count, and nothing where it did not answer: its answer
+        moves the count by 1/2 at most.
         """
         bits = sum(0.5 if norm <= clip else -0.5 for norm in norms)
         noised = bits + 0.5 * self.noising.count_noise * float(gaussian(1)[0])
@@ -174,14 +175,24 @@ def clip_factor(norm: float, clip: float) -> float:
 
 
 def noised_sum(
-    exchange: Exchange, prev: Factors, updates: Sequence[Factors], sigma: float, seed: int
+    exchange: Exchange,
+    prev: Factors,
+    updates: Callable[[], Iterable[Factors]],
+    sigma: float,
+    seed: int,
 ) -> Factors:
-    """One layer's sum with noise N(0, sigma^2) on every number of every message."""
+    """One layer's sum with noise N(0, sigma^2) on every number of every message.
+
+    `updates` is read once for each message, one update after another.
+    """
     public = exchange.begin(prev, seed)
+    nothing = Factors(prev.A[:1], torch.zeros_like(prev.B[:, :1]), prev.scaling)
     for _ in range(exchange.messages):
-        messages = [exchange.encode(public, one) for one in updates]
-        blank = {n: torch.zeros_like(t) for n, t in exchange.encode(public, _nothing(prev)).items()}
-        found = exchange.follow(public, _noised([blank, *messages], sigma))
+        total = dict(exchange.encode(public, nothing))
+        for one in updates():
+            total = {n: total[n] + tensor for n, tensor in exchange.encode(public, one).items()}
+        noised = {n: tensor + sigma * _gaussian_like(tensor) for n, tensor in total.items()}
+        found = exchange.follow(public, noised)
         if isinstance(found, Factors):
             return found
         public = found
@@ -201,31 +212,13 @@ def joined(design: Design, rule: Rule, prev: Factors, added: Factors) -> Factors
     return truncate(whole, prev.rank, gauge=gauge, previous=prev)
 
 
-def _layer(change: Adapter, name: str, prev: Factors) -> Factors:
-    factors = change.layers[name]
-    finite = bool(torch.isfinite(factors.A).all()) and bool(torch.isfinite(factors.B).all())
-    return factors if finite else _nothing(prev)
-
-
-def _nothing(prev: Factors) -> Factors:
-    return Factors(prev.A[:1], torch.zeros_like(prev.B[:, :1]), prev.scaling)
-
-
-def _noised(messages: Sequence[Message], sigma: float) -> Message:
-    total: dict[str, Tensor] = {}
-    for message in messages:
-        for name, tensor in message.items():
-            total[name] = total[name] + tensor if name in total else tensor
-    return {name: tensor + sigma * _gaussian_like(tensor) for name, tensor in total.items()}
-
-
-def _noised_dense(
-    before: Tensor, changes: Sequence[Tensor], factors: Sequence[float], sigma: float
+def _dense(
+    name: str, before: Tensor, parts: Sequence[tuple[Adapter, float]], sigma: float
 ) -> Tensor:
-    total = before.double() + sigma * _gaussian_like(before.double())
-    for moved, factor in zip(changes, factors, strict=True):
-        if factor:
-            total = total + factor * moved
+    start = before.double()
+    total = start + sigma * _gaussian_like(start)
+    for after, factor in parts:
+        total = total + factor * (after.dense[name].double() - start)
     return total.float().contiguous()
 
 

@@ -11,13 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-DESIGNS = {  # name: (messages a round, what it is)
-    "increment": (1, "noise on the whole m x n increment, then the SVD"),
-    "rows": (1, "noise on m x r numbers: B alone is trained, against an orthonormal basis of A"),
-    "core": (1, "noise on r x r numbers: the update between the last bases, no new direction"),
-    "power": (2, "one noised subspace iteration from the last A (FedPower)"),
-    "sketch": (2, "two noised sketches, the first one random (FedASK)"),
-}
 EXTRA = 8  # columns of the random sketch beyond r
 
 
@@ -52,12 +45,16 @@ def predict(
     Nadakuditi 2012). Two messages share the budget: noise is sqrt 2 larger in each, which `noise`
     has in it already.
     """
-    sigma, share = noise / clients, 1 / math.sqrt(max(len(shapes), 1))
-    return {
-        name: Prediction(design, shape, sigma * spectral(design, shape, rank),
-                         sigma * _threshold(design, shape, rank), share)
-        for name, shape in shapes.items()
-    }  # fmt: skip
+    sigma, even = noise / clients, 1 / math.sqrt(max(len(shapes), 1))
+    found = {}
+    for name, shape in shapes.items():
+        # the core's columns are random from the first round on: they see so much of an update
+        seen = math.sqrt(min(rank, *shape) / shape[0]) if design == "core" else 1.0
+        noised = sigma * spectral(design, shape, rank)
+        found[name] = Prediction(
+            design, shape, noised, sigma * _threshold(design, shape, rank), even * seen
+        )
+    return found
 
 
 def spectral(design: str, shape: tuple[int, int], rank: int) -> float:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -27,7 +28,7 @@ def poisson_batch(rows: Rows, rate: float) -> Rows:
 
 @dataclass(eq=False)
 class PrivateSteps:
-    """The gradients of one round's steps made private; `clipped` of `seen` examples were cut.
+    """The gradients of one round's steps made private.
 
     Norms and sums are float64: a batch's sum moves by at most `clip` (1 + 1e-12) when an example is
     added or removed. A gradient that is not finite counts as zero, so that an odd example can
@@ -40,59 +41,81 @@ class PrivateSteps:
     noise: float
     expected: float
     start: Mapping[str, Tensor]
-    seen: int = 0
-    clipped: int = 0
     steps: int = field(default=0)
+    examples: int = field(default=0)  # of the batch that is on its way
 
-    def finish(self, examples: int) -> None:
+    def begin(self, examples: int) -> None:
+        """To be called before the forward pass, with the number of examples in it."""
+        self.examples = examples
+
+    def rehearse(self) -> None:
+        """Throws the gradients of a batch away, if every parameter got one for each example.
+
+        Before anything is charged: ValueError as in `finish`.
+        """
+        for name in self.parameters:
+            self._per_example(name)
+        self._forget()
+
+    def finish(self) -> None:
         """Turns the per-example gradients of the batch into private ones in `.grad`.
 
-        RuntimeError where a parameter has none: its training would not be private. The batch may be
+        ValueError where a parameter has none: its training would not be private. The batch may be
         empty: its noise is drawn all the same.
         """
-        total = self._clipped_sum(examples)
+        total = self._clipped_sum()
+        self._forget()
         noise = self.noise * self.clip
         for name, parameter in self.parameters.items():
-            drawn = torch.from_numpy(gaussian(parameter.numel())).view_as(parameter)
-            noised = total[name] + noise * drawn.to(parameter.device, torch.float64)
-            parameter.grad = (noised / self.expected).to(parameter.dtype)
-            parameter.grad_sample = None  # type: ignore[attr-defined]
+            drawn = torch.from_numpy(gaussian(parameter.numel())).view(parameter.shape)
+            noised = total[name] + noise * drawn.to(total[name].device)
+            parameter.grad = (noised / self.expected).to(parameter.dtype).to(parameter.device)
         self.steps += 1
 
     def check(self) -> None:
-        """RuntimeError unless noise reached every trained tensor: no epsilon is reported then."""
+        """ValueError unless noise reached every trained tensor: no epsilon is reported then."""
         still = [n for n, p in self.parameters.items() if torch.equal(p.detach(), self.start[n])]
         if self.steps and still:
-            raise RuntimeError(
+            raise ValueError(
                 f"{still[0]} did not move in {self.steps} private steps ({len(still)} tensors): "
                 "what was trained is not what the accountant was told, no epsilon is reported"
             )
 
-    def _clipped_sum(self, examples: int) -> dict[str, Tensor]:
+    def _forget(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+            parameter.grad_sample = None  # type: ignore[attr-defined]
+        self.examples = 0
+
+    def _clipped_sum(self) -> dict[str, Tensor]:
         """The sum over the batch of the gradients, each cut to the norm `clip` over all tensors."""
-        if examples == 0:
-            return {n: torch.zeros_like(p, dtype=torch.float64) for n, p in self.parameters.items()}
-        each = {name: self._per_example(name, examples) for name in self.parameters}
+        if self.examples == 0:
+            return {
+                name: torch.zeros(parameter.shape, dtype=torch.float64, device=_exact(parameter))
+                for name, parameter in self.parameters.items()
+            }
+        each = {name: self._per_example(name) for name in self.parameters}
         squares = torch.stack([g.flatten(1).square().sum(dim=1) for g in each.values()]).sum(dim=0)
         finite = torch.isfinite(squares)
         norms = squares.sqrt()
         factors = torch.where(finite, (self.clip / norms.clamp(min=self.clip)), 0.0)
-        self.seen += examples
-        self.clipped += int((~finite | (norms > self.clip)).sum())
-        kept = {name: torch.where(_over(finite, g), g, 0.0) for name, g in each.items()}
-        return {name: torch.einsum("i,i...->...", factors, g) for name, g in kept.items()}
+        for gradient in each.values():
+            gradient[~finite] = 0.0
+        return {name: torch.einsum("i,i...->...", factors, g) for name, g in each.items()}
 
-    def _per_example(self, name: str, examples: int) -> Tensor:
+    def _per_example(self, name: str) -> Tensor:
+        """The parameter's gradients, one an example, in float64."""
         found = getattr(self.parameters[name], "grad_sample", None)
         if isinstance(found, list):
             found = torch.cat(found) if found else None
-        if found is None or len(found) != examples:
-            raise RuntimeError(
+        if found is None or len(found) != self.examples:
+            raise ValueError(
                 f"{name} has {0 if found is None else len(found)} per-example gradients for "
-                f"{examples} examples: Opacus does not know its layer; freeze it, or train without "
-                "privacy"
+                f"{self.examples} examples: Opacus does not know its layer; leave it out of "
+                "model.targets, or train without privacy"
             )
-        return found.to(torch.float64)
+        exact: Tensor = found.to(_exact(found)).to(torch.float64)
+        return exact
 
 
 @contextmanager
@@ -112,17 +135,56 @@ def private_steps(
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # full backward hooks on inputs without gradients
-        wrapped = _opacus().GradSampleModule(network, loss_reduction="sum", strict=False)
+        opacus = _opacus()
+        _clear(network)  # of a batch that ended half-way
+        wrapped = opacus.GradSampleModule(network, loss_reduction="sum", strict=False)
+        steps = PrivateSteps(wrapped, parameters, clip, noise, expected, start)
+        own = {id(parameter) for parameter in parameters.values()}
+        hooks = [
+            module.register_forward_pre_hook(partial(_one_row_an_example, steps, name))
+            for name, module in network.named_modules()
+            if any(id(parameter) in own for parameter in module.parameters(recurse=False))
+        ]
         try:
-            yield PrivateSteps(wrapped, parameters, clip, noise, expected, start)
+            yield steps
         finally:
+            for hook in hooks:
+                hook.remove()
             wrapped.to_standard_module()
-            for parameter in parameters.values():
-                parameter.grad_sample = None  # type: ignore[attr-defined]
+            _clear(network)
 
 
-def _over(mask: Tensor, each: Tensor) -> Tensor:
-    return mask.view(-1, *[1] * (each.ndim - 1))
+def _one_row_an_example(
+    steps: PrivateSteps, name: str, module: nn.Module, inputs: tuple[Any, ...]
+) -> None:
+    """ValueError for a layer that sees something else than one row an example.
+
+    What all examples share (positions, say) gets a gradient of the whole batch, which would be
+    taken for that of its first example.
+    """
+    rows = [part.shape[0] for part in inputs if isinstance(part, Tensor)]
+    if torch.is_grad_enabled() and any(count != steps.examples for count in rows):
+        raise ValueError(
+            f"layer {name} sees {rows[0]} rows for {steps.examples} examples: its gradients cannot "
+            "be told apart; leave it out of model.targets, or train without privacy"
+        )
+
+
+def _clear(network: nn.Module) -> None:
+    """Forgets what Opacus noted of batches."""
+    for module in network.modules():
+        for name in ("activations", "max_batch_len"):
+            if name in vars(module):
+                delattr(module, name)
+    for parameter in network.parameters():
+        for name in ("_current_grad_sample", "grad_sample", "summed_grad"):
+            if name in vars(parameter):
+                delattr(parameter, name)
+
+
+def _exact(tensor: Tensor) -> torch.device:
+    """Where float64 sums are made: in place, but for devices that have no float64."""
+    return torch.device("cpu") if tensor.device.type == "mps" else tensor.device
 
 
 def _opacus() -> Any:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,26 @@ def open_ledger(path: Path, terms: Terms) -> Ledger:
 
     ValueError where it has other terms: a budget is not changed by starting again.
     """
-    if not path.exists() or not path.stat().st_size:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _held(path):
+        return _opened(path, terms)
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """The ledger's folder, there to stay, for this process alone."""
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True)
+        sync_folder(path.parent.parent)
+    with locked(path.parent):
+        yield
+
+
+def _opened(path: Path, terms: Terms) -> Ledger:
+    """As `open_ledger`, under the lock.
+
+    A first line that a crash cut short has no intent behind it: nothing was opened.
+    """
+    if not path.exists() or b"\n" not in path.read_bytes():
         return _append(Ledger(path, terms), {"kind": OPENED, **asdict(terms)})
     ledger = read_ledger(path)
     for name, value in asdict(terms).items():
@@ -116,9 +135,8 @@ def intend(path: Path, terms: Terms, round: int, mechanisms: Sequence[Mechanism]
 
     ValueError, with nothing charged, where it would go beyond the budget.
     """
-    ledger = open_ledger(path, terms)
-    with locked(path.parent):
-        ledger = read_ledger(path)
+    with _held(path):
+        ledger = _opened(path, terms)
         after = ledger.after(mechanisms)
         if after > terms.epsilon:
             raise ValueError(
@@ -135,7 +153,7 @@ def close(path: Path, round: int) -> Ledger:
 
     Earlier intents of the round are those that a crash wasted: they stay open.
     """
-    with locked(path.parent):
+    with _held(path):
         ledger = read_ledger(path)
         place = _last(ledger.intents, round)
         if place is None or ledger.intents[place].closed:
@@ -147,6 +165,29 @@ def close_all(folder: Path, round: int) -> None:
     """Closes this round's intents in every ledger of a folder, if there are any."""
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         close(path, round)
+
+
+def heads(folder: Path) -> dict[str, str]:
+    """The hash of the last line of every ledger in a folder, by owner: for `check_heads`."""
+    return {path.stem: read_ledger(path).head for path in sorted(folder.glob(f"*{SUFFIX}"))}
+
+
+def check_heads(folder: Path, known: Mapping[str, str]) -> None:
+    """ValueError unless every ledger that was there is there and goes on from where it was."""
+    for owner, head in known.items():
+        path = folder / f"{owner}{SUFFIX}"
+        if not path.is_file() or head not in _hashes(path):
+            raise ValueError(
+                f"{path} is not the ledger that this run went on with: lines are missing, and with "
+                "them what was spent; restore it, or count its data's budget as gone"
+            )
+
+
+def _hashes(path: Path) -> list[str]:
+    """The hashes of a ledger's whole lines; ValueError where it was edited."""
+    read_ledger(path)
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line)["hash"] for line in lines]
 
 
 def _append(ledger: Ledger, entry: Mapping[str, Any]) -> Ledger:

@@ -13,6 +13,7 @@ from typing import get_args
 
 from fedlora.adapter import Adapter
 from fedlora.config import Config
+from fedlora.data import Data
 from fedlora.privacy.accounting import noise_for
 from fedlora.privacy.client_level import Design, Noising, PrivateMerge
 from fedlora.privacy.designs import Prediction, clients_needed, predict
@@ -20,7 +21,7 @@ from fedlora.privacy.example import planned_round
 from fedlora.privacy.ledger import SUFFIX, Terms
 from fedlora.rounds import Merge
 from fedlora.server import aggregate
-from fedlora.settings import round_size
+from fedlora.settings import round_size, shares_metrics
 
 SERVER = "server"  # whose ledger it is, in client-level privacy
 NEEDED = {  # what client-level privacy needs, for the reason that stands behind it
@@ -30,13 +31,20 @@ NEEDED = {  # what client-level privacy needs, for the reason that stands behind
     "merge.server_lr": (1.0, "the noise is planned for whole steps"),
     "client.ranks": ([], "all clients share one space"),
     "run.mode": ("federated", "a reference has no server"),
+    "run.min_clients": (0, "whether a round counts would tell who answered"),
+    "run.save_best": (False, "it chooses on held-out rows, without noise"),
 }
 
 
 def check(config: Config) -> None:
     """ValueError, with the remedy, where the settings do not go together."""
-    if config.privacy.unit != "client":
+    privacy, rounds = config.privacy, config.run.rounds
+    if privacy.unit == "example":
+        _check_example(config)
+    if privacy.unit != "client":
         return
+    if 0 < privacy.rounds < rounds:
+        raise ValueError(f"privacy.rounds = {privacy.rounds} are fewer than run.rounds = {rounds}")
     flat = {
         f"{section}.{key}": value
         for section in ("merge", "client", "run")
@@ -52,6 +60,25 @@ def check(config: Config) -> None:
         raise ValueError(
             f"privacy.design = {config.privacy.design!r} goes with merge.rule = {rule!r}, it is "
             f"{config.merge.rule!r}: the design says how the noised sum becomes an adapter"
+        )
+
+
+def _check_example(config: Config) -> None:
+    privacy, rounds = config.privacy, config.run.rounds
+    if config.client.ranks:
+        raise ValueError(
+            "privacy.unit = 'example' does not go with client.ranks: noise would train the pairs "
+            "that a smaller client does not have"
+        )
+    if config.run.save_best and not privacy.share_metrics:
+        raise ValueError(
+            "run.save_best chooses on held-out rows, without noise: leave it out, or set "
+            "privacy.share_metrics"
+        )
+    if 0 < privacy.rounds < rounds and config.merge.participation == 1:
+        raise ValueError(
+            f"privacy.rounds = {privacy.rounds} are fewer than the {rounds} rounds that every "
+            "client takes part in: its budget would end before the run"
         )
 
 
@@ -89,8 +116,13 @@ def forecast(config: Config, clients: int, start: Adapter) -> dict[str, dict[str
     return found
 
 
+def hides_evaluation(config: Config, data: Data) -> bool:
+    """Whether all that could be scored is made of private rows that are not let out."""
+    return data.own_evaluation and not shares_metrics(config.privacy)
+
+
 def announce(config: Config, rows: Mapping[str, int], start: Adapter) -> list[str]:
-    """What the run's privacy costs, in words, before it is paid.
+    """What the run's privacy costs, in words, before it is paid; `rows` of every client, 0 unknown.
 
     ValueError where the noise of client-level privacy drowns what it is to protect, unless
     `privacy.accept_noise` is set.
@@ -101,13 +133,20 @@ def announce(config: Config, rows: Mapping[str, int], start: Adapter) -> list[st
     rounds = privacy.rounds or config.run.rounds
     budget = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} over {rounds} rounds"
     if privacy.unit == "example":
-        planned = [planned_round(config, count) for count in sorted(set(rows.values()))]
+        planned = [planned_round(config, count) for count in sorted(set(rows.values()) - {0})]
+        if not planned:
+            return [f"privacy: every example of a client, {budget}; noise is set by each node"]
         noises = _span([one.noise for one in planned], "{:.3g}")
         rates = _span([100 * one.sampling for one in planned], "{:.3g}")
         return [
             f"privacy: every example of a client, {budget}; noise {noises} times the clip "
             f"{privacy.clip:g}, on Poisson batches of {rates} % of its rows"
         ]
+    if privacy.delta * len(rows) >= 1:
+        raise ValueError(
+            f"privacy.delta = {privacy.delta:g} lets one of {len(rows)} clients through "
+            f"unprotected: take less than 1 / clients, such as {0.1 / len(rows):.1g}"
+        )
     return _announce_clients(config, len(rows), start, budget)
 
 

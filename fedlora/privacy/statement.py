@@ -15,12 +15,10 @@ from fedlora.rundir import Run, read_run
 
 NEIGHBOURS = {
     "example": (
-        "two data sets of a client, one of them with one example more. Every example of every "
-        "client is protected; a person with k examples has about k times the epsilon"
+        "a client's training rows, what it holds out split off before, with one row more or less. "
+        "A person with several rows is protected less, by more than their number (docs/privacy.md)"
     ),
-    "client": (
-        "two federations in one of which one client's update is zero; who takes part is public"
-    ),
+    "client": ("a federation with one client's answers left out; who is asked is public"),
 }
 MECHANISMS = {
     "example": (
@@ -63,7 +61,10 @@ OPEN = {
         "timing, sizes and who took part",
     ],
 }
-SHARED = "training loss and held-out scores: they were let out as they are"
+SHARED = (
+    "training loss and held-out scores: they were let out as they are, and whatever was chosen by "
+    "them (tuning, run.save_best)"
+)
 ARITHMETIC = (
     "attacks on floating-point arithmetic: noise has 53 random bits from the operating system and "
     "is added in float64, its sum rounded to float32; the analysis is in real numbers"
@@ -142,7 +143,11 @@ def _reported(run: Run) -> list[str]:
         return ["Epsilon: nothing was spent yet"]
     most = _rounded_up(max(found.values()))
     lines = [f"  {client}: epsilon {_rounded_up(e)}, as it says" for client, e in found.items()]
-    return [*lines, f"Epsilon: {most} (the largest of all; the ledgers are on the clients)"]
+    last = (
+        f"Epsilon: at least {most} (the largest of what clients reported; their ledgers, which "
+        "have the rounds whose replies were lost too, are on the clients)"
+    )
+    return [*lines, last]
 
 
 def _rounded_up(epsilon: float) -> str:

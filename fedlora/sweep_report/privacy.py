@@ -10,7 +10,6 @@ from functools import partial
 from fedlora.canvas import Axes
 from fedlora.privacy.ledger import LEDGERS, SUFFIX, read_ledger
 from fedlora.rundir import Run, number, plain
-from fedlora.significance import estimate
 from fedlora.sweep_report.cases import Arm, Case
 from fedlora.sweep_report.content import Panel, Picture, Section, Table, Words
 from fedlora.sweep_report.drawing import arm_style, label_axes, legend_of, percent_axis
@@ -18,6 +17,7 @@ from fedlora.sweep_report.findings import final, setting
 from fedlora.sweep_report.tables import with_half
 
 NONE = math.inf  # the epsilon of a run without privacy
+EPSILON = ("privacy.unit", "privacy.epsilon")
 WIDTH = 0.5  # how far apart the methods of one epsilon stand, in steps of the axis
 
 
@@ -35,11 +35,15 @@ def privacy_section(cases: Sequence[Case], varied: Sequence[str]) -> Section:
 
     `varied` are the settings in which the sweep's runs differ.
     """
-    levels = [_level(case, varied) for case in cases if case.there]
+    tuned = {key for case in cases for arm in case.arms for one in arm.tried for key in one.grid}
+    told = [key for key in varied if key not in tuned and key not in EPSILON]
+    levels = [_level(case, told) for case in cases if case.there]
     groups: dict[tuple[str, ...], list[Level]] = {}
     for level in sorted(levels, key=lambda one: one.epsilon):
         groups.setdefault(level.rest, []).append(level)
-    several = {rest: found for rest, found in groups.items() if len(found) > 1}
+    several = {
+        rest: found for rest, found in groups.items() if len({one.epsilon for one in found}) > 1
+    }
     if not several:
         return Section("Privacy")
     tables = [_table(rest, found) for rest, found in several.items()]
@@ -65,9 +69,11 @@ def run_noise(run: Run) -> float:
 
 
 def _level(case: Case, varied: Sequence[str]) -> Level:
-    run = case.there[0].all[0]
-    rest = [key for key in varied if not key.startswith(("privacy.", "merge.", "run.", "client."))]
-    return Level(run_epsilon(run), tuple(_short(key, setting(run, key)) for key in rest), case)
+    """The case with what all of its methods share; in what they differ says nothing of it."""
+    runs = [arm.all[0] for arm in case.there]
+    values = {key: [setting(run, key) for run in runs] for key in varied}
+    rest = [_short(key, own[0]) for key, own in values.items() if own.count(own[0]) == len(own)]
+    return Level(run_epsilon(runs[0]), tuple(rest), case)
 
 
 def _arms(levels: Sequence[Level]) -> list[Arm]:
@@ -134,8 +140,7 @@ def _table(rest: tuple[str, ...], levels: Sequence[Level]) -> Table:
         cells = [with_half(final(one), 100.0) if one else "-" for one in own]
         rows.append([arm.method, *cells])
     noises = [
-        estimate([run_noise(run) for arm in level.case.there for run in arm.all]).mean
-        for level in levels
+        max(run_noise(run) for arm in level.case.there for run in arm.all) for level in levels
     ]
     rows.append(["noise multiplier", *(plain(noise, ".3g") for noise in noises)])
     title = f"Final accuracy by epsilon, %{': ' if rest else ''}{', '.join(rest)}"
