@@ -110,6 +110,21 @@ def test_training_with_too_little_noise_is_caught(monkeypatch: pytest.MonkeyPatc
     assert found.mu == pytest.approx(1.7, rel=0.12)
 
 
+def count_game(noise: float, folder: Path) -> Callable[[bool], float]:
+    """The count that moves the clip: three clients within it, and a fourth that answers or not."""
+    terms = Terms("server", "client", 1e9, 1e-5, "rdp")
+    noising = Noising("increment", noise, 4, 1.0, quantile=0.5)
+    run = PrivateMerge(noising, folder / "l", terms, 0)
+    return lambda there: -math.log(run._next_clip(1.0, [0.5] * (4 if there else 3)))
+
+
+def test_the_count_leaks_what_it_claims_and_no_more(tmp_path: Path) -> None:
+    noising = Noising("increment", 0.2, 4, 1.0, quantile=0.5)
+    found, claimed = audit(count_game(0.2, tmp_path)), 1 / noising.count_noise
+    assert not found.caught(claimed)
+    assert found.mu == pytest.approx(claimed, rel=0.12)
+
+
 @pytest.mark.slow
 def test_a_trusted_server_leaks_what_it_claims_and_no_more(tmp_path: Path) -> None:
     found = audit(server_game(1.0, tmp_path), 800)
