@@ -165,7 +165,12 @@ class Deployment:
         return str(self.flwr("run", project, "federation")["run-id"])
 
     def status(self, run: str) -> str:
-        return str(self.flwr("list", "federation", "--run-id", run)["runs"][0]["status"])
+        """The run's status.
+
+        What `flwr list` says instead while a busy SuperLink does not answer.
+        """
+        found = self.flwr("list", "federation", "--run-id", run)
+        return str(found["runs"][0]["status"]) if found.get("runs") else f"unanswered: {found}"
 
     def answers(self, port: int, path: str, *options: str) -> int:
         """The HTTP status of a POST to a path, over TLS, with the guide's CA."""
