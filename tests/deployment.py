@@ -210,8 +210,14 @@ class Deployment:
 
     def wait_for_run(self, run: str, seconds: float = 240) -> str:
         """How the run ended, such as `finished:completed`."""
-        self.wait_for(lambda: self.status(run).startswith("finished"), seconds, 3)
-        return self.status(run)
+        seen: list[str] = []
+
+        def ended() -> bool:
+            seen.append(self.status(run))
+            return seen[-1].startswith("finished")
+
+        self.wait_for(ended, seconds, 3)
+        return seen[-1]
 
     def logs(self) -> str:
         return "\n".join(
