@@ -8,8 +8,9 @@ of one layer; it may take two messages a round, the second one knowing the sum o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -22,10 +23,11 @@ from fedlora.seeding import derive
 
 Message: TypeAlias = Mapping[str, Tensor]
 Public: TypeAlias = Mapping[str, Tensor]  # what everybody knows before a message
-Add: TypeAlias = Callable[[Sequence[Message]], Message]
+Add: TypeAlias = Callable[[Iterable[Message]], Message]
 
 TESTS = 4  # random columns by which the warm sketch is checked
 WEIGHT = "weight"
+EXTRA = 8  # columns of the random sketch beyond r
 FAR = 0.02  # error of the warm sketch on them above which a second message is asked for
 
 
@@ -203,16 +205,19 @@ EXCHANGES: dict[str, Exchange] = {
     "rows": Rows(),
     "core": Core(),
     "power": Power(),
-    "sketch": Power(extra=8),
+    "sketch": Power(extra=EXTRA),
     "warm": Warm(),
 }
 
 
-def add_up(messages: Sequence[Message]) -> Message:
-    """The sum of the messages, name by name, in their order; what a secure protocol would show."""
-    first, *others = messages
-    total = dict(first)
-    for message in others:
+def add_up(messages: Iterable[Message]) -> Message:
+    """The sum of the messages, name by name, in their order; what a secure protocol would show.
+
+    At least one message; one after another is held.
+    """
+    stream = iter(messages)
+    total = dict(next(stream))
+    for message in stream:
         total = {name: total[name] + tensor for name, tensor in message.items()}
     return total
 
@@ -220,17 +225,18 @@ def add_up(messages: Sequence[Message]) -> Message:
 def summed(
     exchange: Exchange,
     prev: Factors,
-    updates: Sequence[Factors],
+    updates: Iterable[Factors],
     seed: int,
     add: Add = add_up,
 ) -> Factors:
     """One layer's sum of updates as the exchange sees it; `add` is all that sees single messages.
 
-    `updates` carry their weights (in B). The result may have more rank than the adapter.
+    `updates` carry their weights (in B) and are read anew for each message, one after another. The
+    result may have more rank than the adapter.
     """
     public = exchange.begin(prev, seed)
     for _ in range(exchange.messages):
-        found = exchange.follow(public, add([exchange.encode(public, one) for one in updates]))
+        found = exchange.follow(public, add(map(partial(exchange.encode, public), updates)))
         if isinstance(found, Factors):
             return found
         public = found

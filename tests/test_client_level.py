@@ -18,11 +18,12 @@ from fedlora.privacy import client_level
 from fedlora.privacy.accounting import Mechanism, epsilon
 from fedlora.privacy.client_level import (
     CLIP,
+    Clipped,
     Design,
     Noising,
     PrivateMerge,
     clip_factor,
-    noised_sum,
+    noising,
     update,
     update_norm,
 )
@@ -30,7 +31,7 @@ from fedlora.privacy.designs import predict, spectral
 from fedlora.privacy.ledger import Terms, read_ledger
 from fedlora.rules import get_rule
 from fedlora.server import ServerState
-from fedlora.sums import EXCHANGES, weighted
+from fedlora.sums import EXCHANGES, summed, weighted
 
 pytest.importorskip("dp_accounting")
 TERMS = Terms("all clients", "client", 50.0, 1e-5)
@@ -224,7 +225,8 @@ def test_nothing_is_merged_beyond_the_budget(tmp_path: Path) -> None:
 def test_noise_is_the_clip_times_its_multiplier_over_the_clients() -> None:
     """1.2 million numbers of a layer that nobody changed: deviation within 0.5 %, kurtosis 3."""
     prev = random_factors(0, 1200, 1000, 4)
-    noised = dense(noised_sum(EXCHANGES["increment"], prev, list, 0.37, 0)).numpy().ravel()
+    nobody = Clipped("", prev, [])
+    noised = dense(summed(EXCHANGES["increment"], prev, nobody, 0, noising(0.37))).numpy().ravel()
     assert noised.std() == pytest.approx(0.37, rel=0.005)
     assert stats.kurtosis(noised, fisher=False) == pytest.approx(3, abs=0.05)
     assert abs(noised.mean()) < 5 * 0.37 / math.sqrt(noised.size)
@@ -258,9 +260,9 @@ def test_a_round_noises_every_head_and_layer(tmp_path: Path) -> None:
 def test_the_predicted_noise_is_the_noise_of_the_design(design: str) -> None:
     """A bound of the noise's expected spectral norm, and a close one but for tiny matrices."""
     prev = random_factors(0, 80, 60, 4)
-    exchange = EXCHANGES[design]
+    exchange, nobody = EXCHANGES[design], Clipped("", prev, [])
     norms = [
-        float(torch.linalg.matrix_norm(dense(noised_sum(exchange, prev, list, 1.0, t)), 2))
+        float(torch.linalg.matrix_norm(dense(summed(exchange, prev, nobody, t, noising(1.0))), 2))
         for t in range(20)
     ]
     assert 0.6 < np.mean(norms) / spectral(design, (80, 60), 4) < 1.02
@@ -319,8 +321,8 @@ def test_the_count_has_its_own_charge_and_all_is_what_was_planned(tmp_path: Path
     plain, moving = Noising("power", 3.0, 10, 1.0), Noising("power", 3.0, 10, 1.0, quantile=0.5)
     assert len(plain.mechanisms) == 1
     assert len(moving.mechanisms) == 2
-    for noising in (plain, moving):
-        spent = epsilon(noising.mechanisms, 1e-5)
+    for one in (plain, moving):
+        spent = epsilon(one.mechanisms, 1e-5)
         assert spent == pytest.approx(epsilon([Mechanism(3.0)], 1e-5), rel=2e-3)
     start, moved = results()
     run = merge(tmp_path, noise=8.0, clip=1.0, quantile=0.5)

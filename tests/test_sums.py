@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -101,7 +102,7 @@ class Counting:
     def __init__(self) -> None:
         self.totals: list[Message] = []
 
-    def __call__(self, messages: list[Message]) -> Message:
+    def __call__(self, messages: Iterable[Message]) -> Message:
         self.totals.append(add_up(messages))
         return self.totals[-1]
 
@@ -189,7 +190,8 @@ class Masked:
     def __init__(self) -> None:
         self.seen: list[dict[str, np.ndarray]] = []
 
-    def __call__(self, messages: list[Message]) -> Message:
+    def __call__(self, sent: Iterable[Message]) -> Message:
+        messages = list(sent)
         rng = np.random.default_rng(0)
         masks = [{name: np.zeros(t.shape, np.uint64) for name, t in m.items()} for m in messages]
         for left in range(len(messages)):

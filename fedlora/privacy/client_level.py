@@ -7,7 +7,7 @@ with a fixed denominator and uniform weights, in the space of the increments.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias, cast
@@ -32,7 +32,7 @@ from fedlora.privacy.ledger import Terms, intend
 from fedlora.privacy.noise import gaussian
 from fedlora.rules import Rule
 from fedlora.server import ServerState, plan_round
-from fedlora.sums import EXCHANGES, Exchange, weighted
+from fedlora.sums import EXCHANGES, Add, Message, add_up, summed, weighted
 
 Design: TypeAlias = Literal["increment", "rows", "core", "power", "sketch"]
 CLIP = "clip"  # in the server's memory: the clip in force
@@ -128,12 +128,8 @@ class PrivateMerge:
     ) -> Factors:
         """One layer of the next adapter, float32; clients are read one after another."""
         exchange, prev = EXCHANGES[self.noising.design], precise(before)
-
-        def updates() -> Iterator[Factors]:
-            for after, factor in parts:
-                yield weighted(change(prev, precise(after.layers[name])), factor)
-
-        added = noised_sum(exchange, prev, updates, sigma * exchange.stretch, self.seed + round)
+        updates, add = Clipped(name, prev, parts), noising(sigma * exchange.stretch)
+        added = summed(exchange, prev, updates, self.seed + round, add)
         return converted(joined(self.noising.design, rule, prev, added), torch.float32, "cpu")
 
     def _next_clip(self, clip: float, norms: Sequence[float]) -> float:
@@ -174,29 +170,33 @@ def clip_factor(norm: float, clip: float) -> float:
     return 1.0 if norm <= clip else clip / norm
 
 
-def noised_sum(
-    exchange: Exchange,
-    prev: Factors,
-    updates: Callable[[], Iterable[Factors]],
-    sigma: float,
-    seed: int,
-) -> Factors:
-    """One layer's sum with noise N(0, sigma^2) on every number of every message.
+def noising(sigma: float) -> Add:
+    """An adder that puts N(0, sigma^2) on every number of the sum, drawn anew for each message."""
 
-    `updates` is read once for each message, one update after another.
+    def add(messages: Iterable[Message]) -> Message:
+        total = add_up(messages)
+        return {name: tensor + sigma * _gaussian_like(tensor) for name, tensor in total.items()}
+
+    return add
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """One layer's clipped updates of the clients, made one after another as they are read.
+
+    The first one is zero, so that a round in which nobody answered has a sum too.
     """
-    public = exchange.begin(prev, seed)
-    nothing = Factors(prev.A[:1], torch.zeros_like(prev.B[:, :1]), prev.scaling)
-    for _ in range(exchange.messages):
-        total = dict(exchange.encode(public, nothing))
-        for one in updates():
-            total = {n: total[n] + tensor for n, tensor in exchange.encode(public, one).items()}
-        noised = {n: tensor + sigma * _gaussian_like(tensor) for n, tensor in total.items()}
-        found = exchange.follow(public, noised)
-        if isinstance(found, Factors):
-            return found
-        public = found
-    raise RuntimeError(f"{exchange} did not end after {exchange.messages} messages")
+
+    name: str
+    prev: Factors
+    parts: Sequence[tuple[Adapter, float]]
+
+    def __iter__(self) -> Iterator[Factors]:
+        """Begins anew each time."""
+        prev = self.prev
+        yield Factors(prev.A[:1], torch.zeros_like(prev.B[:, :1]), prev.scaling)
+        for after, factor in self.parts:
+            yield weighted(change(prev, precise(after.layers[self.name])), factor)
 
 
 def joined(design: Design, rule: Rule, prev: Factors, added: Factors) -> Factors:

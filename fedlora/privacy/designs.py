@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-EXTRA = 8  # columns of the random sketch beyond r
+from fedlora.sums import EXTRA
 
 
 @dataclass(frozen=True)
