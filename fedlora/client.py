@@ -25,7 +25,7 @@ from fedlora.evaluate import Scores, autocast, evaluate
 from fedlora.model import Model, read_adapter, train_only, write_adapter
 from fedlora.moments import moments, restore, transported
 from fedlora.partition import Rows
-from fedlora.privacy.example import Budgets
+from fedlora.privacy.example import Budgets, planned_round
 from fedlora.privacy.plan import hides_evaluation
 from fedlora.rules import Plan
 from fedlora.seeding import derive, numpy_generator
@@ -221,7 +221,7 @@ def _gradients(
         return
     from fedlora.privacy.dpsgd import poisson_batch, private_steps
 
-    mechanism = private.mechanism(len(rows))
+    mechanism = planned_round(config, len(rows))
     expected = mechanism.sampling * len(rows)
     with private_steps(
         model.network, parameters,
@@ -243,7 +243,7 @@ def _gradients(
 
         backward(rows[:2])
         steps.rehearse()  # a layer that cannot be private ends the round before it is charged
-        private.charge(client, round, len(rows))
+        private.charge(client, round, mechanism)
         yield noised
         steps.check()
 

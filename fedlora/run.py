@@ -52,7 +52,7 @@ def prepare(config: Config, resumed: Resumed | None = None) -> Job:
         merge_policy(config, sorted(silos.parts))
     check_privacy(config)
     data = tokenised(config, silos, model.tokenizer)
-    if config.privacy.unit == "example" and hides_evaluation(config, data):
+    if hides_evaluation(config, data):
         raise ValueError(
             "privacy.unit = 'example' needs data.evaluate, a public set: without it the clients' "
             "own held-out rows are scored; or let them be with privacy.share_metrics = true"

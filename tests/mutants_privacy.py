@@ -60,7 +60,7 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "what all examples share is taken for the first one's", "dpsgd"),
     ("charged-before-it-can-be-done", "client.py",
      "backward(rows[:2])\n        steps.rehearse()",
-     "private.charge(client, round, len(rows))\n        steps.rehearse()",
+     "private.charge(client, round, mechanism)\n        steps.rehearse()",
      "a layer that cannot be private costs a round", "dpsgd private_runs"),
     # ------------------------------------------------------------ the ledger
     ("open-intents-are-free", "privacy/ledger.py",

@@ -19,8 +19,7 @@ from fedlora.adapter import PARTS, flatten
 from fedlora.model import read_adapter, train_only, write_adapter
 from fedlora.privacy import dpsgd
 from fedlora.privacy.dpsgd import PrivateSteps, poisson_batch, private_steps
-from fedlora.privacy.example import ledger_path
-from fedlora.privacy.ledger import read_ledger
+from fedlora.privacy.ledger import ledger_path, read_ledger
 from fedlora.privacy.noise import gaussian, uniform
 
 pytest.importorskip("opacus")

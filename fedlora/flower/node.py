@@ -27,7 +27,7 @@ from fedlora.flower.wire import Order, WireError, shapes_of, tensors_of
 from fedlora.model import Model, configured_model, read_adapter
 from fedlora.modes import merge_policy
 from fedlora.policy import cut_for
-from fedlora.privacy.ledger import LEDGERS, SUFFIX, close_all, read_ledger
+from fedlora.privacy.ledger import LEDGERS, SUFFIX, close_all, is_opened, read_ledger
 
 LIMITS = ("max-rounds", "min-examples", "rules", "base", "epsilon", "delta", "share-metrics")
 KEYS = ("name", "partition-id", "num-partitions", "data", "evaluate", "state", *LIMITS)
@@ -157,7 +157,7 @@ def _beyond_epsilon(node: Node, order: Order, limit: float) -> str:
     others = [
         read_ledger(path)
         for path in node.states.rglob(f"*{SUFFIX}")
-        if path.parent != own and b"\n" in path.read_bytes()
+        if path.parent != own and is_opened(path)
     ]
     spent = sum(ledger.spent for ledger in others)
     deltas = privacy.delta + sum(ledger.terms.delta for ledger in others)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -41,8 +41,8 @@ class PrivateSteps:
     noise: float
     expected: float
     start: Mapping[str, Tensor]
-    steps: int = field(default=0)
-    examples: int = field(default=0)  # of the batch that is on its way
+    steps: int = 0
+    examples: int = 0  # of the batch that is on its way
 
     def begin(self, examples: int) -> None:
         """To be called before the forward pass, with the number of examples in it."""

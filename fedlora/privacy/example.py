@@ -10,10 +10,8 @@ from pathlib import Path
 
 from fedlora.config import Config
 from fedlora.privacy.accounting import Mechanism, noise_for
-from fedlora.privacy.ledger import SUFFIX, Terms, intend, read_ledger
+from fedlora.privacy.ledger import Terms, intend, ledger_path, read_ledger
 from fedlora.settings import steps_per_round
-
-UNIT = "example"
 
 
 @dataclass(frozen=True)
@@ -26,40 +24,29 @@ class Budgets:
     config: Config
     folder: Path
 
-    def mechanism(self, rows: int) -> Mechanism:
-        """A round's training on so many rows: noise that spends epsilon in all planned rounds.
-
-        ValueError for a delta that would let some example through: 1 / rows or more.
-        """
-        return planned_round(self.config, rows)
-
-    def charge(self, client: str, round: int, rows: int) -> Mechanism:
-        """The mechanism of this round, written to the client's ledger and synced.
+    def charge(self, client: str, round: int, mechanism: Mechanism) -> None:
+        """Writes what this round is to draw to the client's ledger, and syncs it.
 
         ValueError, with nothing charged, where the budget is spent.
         """
-        mechanism = self.mechanism(rows)
         intend(ledger_path(self.folder, client), terms(self.config, client), round, [mechanism])
-        return mechanism
 
     def spent(self, client: str) -> float:
         """The client's epsilon so far."""
         return read_ledger(ledger_path(self.folder, client)).spent
 
 
-def ledger_path(folder: Path, client: str) -> Path:
-    """Where the ledger of a client is."""
-    return folder / f"{client}{SUFFIX}"
-
-
-def terms(config: Config, client: str) -> Terms:
-    """What a client's ledger is opened with."""
+def terms(config: Config, owner: str) -> Terms:
+    """What the ledger of a client, or of the server for all of them, is opened with."""
     privacy = config.privacy
-    return Terms(client, UNIT, privacy.epsilon, privacy.delta, privacy.accountant)
+    return Terms(owner, privacy.unit, privacy.epsilon, privacy.delta, privacy.accountant)
 
 
 def planned_round(config: Config, rows: int) -> Mechanism:
-    """A round's training on so many rows, with noise for all rounds that are planned."""
+    """A round's training on so many rows: noise that spends epsilon in all planned rounds.
+
+    ValueError for a delta that would let some example through: 1 / rows or more.
+    """
     privacy, client = config.privacy, config.client
     if privacy.delta * rows >= 1:
         raise ValueError(

@@ -48,13 +48,18 @@ class Intent:
 
 @dataclass(frozen=True)
 class Ledger:
-    """A ledger as read: its terms, every intent so far, the hash of its last line."""
+    """A ledger as read: its terms, every intent so far, the hash of each line."""
 
     path: Path
     terms: Terms
     intents: Sequence[Intent] = ()
-    head: str = START
+    hashes: tuple[str, ...] = field(default=(), repr=False)
     size: int = field(default=0, repr=False)  # bytes of whole lines
+
+    @property
+    def head(self) -> str:
+        """The hash of the last line, which stands for all before it."""
+        return self.hashes[-1] if self.hashes else START
 
     @property
     def spent(self) -> float:
@@ -90,7 +95,17 @@ def read_ledger(path: Path) -> Ledger:
             ) from None
     if ledger is None:
         raise ValueError(f"{path} is empty: it is no ledger")
-    return Ledger(path, ledger.terms, ledger.intents, ledger.head, len(whole))
+    return replace(ledger, size=len(whole))
+
+
+def ledger_path(folder: Path, owner: str) -> Path:
+    """Where the ledger of a data owner is."""
+    return folder / f"{owner}{SUFFIX}"
+
+
+def is_opened(path: Path) -> bool:
+    """Whether a ledger has a whole line; one that a crash cut short has no intent behind it."""
+    return path.exists() and b"\n" in path.read_bytes()
 
 
 def open_ledger(path: Path, terms: Terms) -> Ledger:
@@ -113,11 +128,8 @@ def _held(path: Path) -> Iterator[None]:
 
 
 def _opened(path: Path, terms: Terms) -> Ledger:
-    """As `open_ledger`, under the lock.
-
-    A first line that a crash cut short has no intent behind it: nothing was opened.
-    """
-    if not path.exists() or b"\n" not in path.read_bytes():
+    """As `open_ledger`, under the lock."""
+    if not is_opened(path):
         return _append(Ledger(path, terms), {"kind": OPENED, **asdict(terms)})
     ledger = read_ledger(path)
     for name, value in asdict(terms).items():
@@ -175,19 +187,12 @@ def heads(folder: Path) -> dict[str, str]:
 def check_heads(folder: Path, known: Mapping[str, str]) -> None:
     """ValueError unless every ledger that was there is there and goes on from where it was."""
     for owner, head in known.items():
-        path = folder / f"{owner}{SUFFIX}"
-        if not path.is_file() or head not in _hashes(path):
+        path = ledger_path(folder, owner)
+        if not path.is_file() or head not in read_ledger(path).hashes:
             raise ValueError(
                 f"{path} is not the ledger that this run went on with: lines are missing, and with "
                 "them what was spent; restore it, or count its data's budget as gone"
             )
-
-
-def _hashes(path: Path) -> list[str]:
-    """The hashes of a ledger's whole lines; ValueError where it was edited."""
-    read_ledger(path)
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line)["hash"] for line in lines]
 
 
 def _append(ledger: Ledger, entry: Mapping[str, Any]) -> Ledger:
@@ -203,9 +208,8 @@ def _append(ledger: Ledger, entry: Mapping[str, Any]) -> Ledger:
         size = file.tell()
     if not ledger.size:
         sync_folder(ledger.path.parent)
-    before = None if ledger.head == START else ledger
-    found = _followed(ledger.path, before, line)
-    return Ledger(found.path, found.terms, found.intents, found.head, size)
+    before = ledger if ledger.hashes else None
+    return replace(_followed(ledger.path, before, line), size=size)
 
 
 def _followed(path: Path, ledger: Ledger | None, entry: Mapping[str, Any]) -> Ledger:
@@ -219,18 +223,19 @@ def _followed(path: Path, ledger: Ledger | None, entry: Mapping[str, Any]) -> Le
     if ledger is None:
         if kind != OPENED:
             raise ValueError(f"it begins with {kind!r}")
-        return Ledger(path, Terms(**facts), (), entry["hash"])
+        return Ledger(path, Terms(**facts), (), (entry["hash"],))
+    hashes = (*ledger.hashes, entry["hash"])
     if kind == INTENT:
         drawn = tuple(Mechanism(**mechanism) for mechanism in facts["mechanisms"])
         intents = (*ledger.intents, Intent(facts["round"], drawn))
-        return Ledger(path, ledger.terms, intents, entry["hash"])
+        return replace(ledger, intents=intents, hashes=hashes)
     if kind == CLOSED:
         place = _last(ledger.intents, facts["round"])
         done = [
             replace(one, closed=one.closed or index == place)
             for index, one in enumerate(ledger.intents)
         ]
-        return Ledger(path, ledger.terms, tuple(done), entry["hash"])
+        return replace(ledger, intents=tuple(done), hashes=hashes)
     raise ValueError(f"{kind!r} is no kind of line")
 
 

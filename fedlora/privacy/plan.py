@@ -17,8 +17,8 @@ from fedlora.data import Data
 from fedlora.privacy.accounting import noise_for
 from fedlora.privacy.client_level import Design, Noising, PrivateMerge
 from fedlora.privacy.designs import Prediction, clients_needed, predict
-from fedlora.privacy.example import planned_round
-from fedlora.privacy.ledger import SUFFIX, Terms
+from fedlora.privacy.example import planned_round, terms
+from fedlora.privacy.ledger import ledger_path
 from fedlora.rounds import Merge
 from fedlora.server import aggregate
 from fedlora.settings import round_size, shares_metrics
@@ -86,10 +86,11 @@ def merge_for(config: Config, clients: int, folder: Path) -> Merge:
     """The server's merge: `aggregate`, or the one of client-level privacy with its ledger."""
     if config.privacy.unit != "client":
         return aggregate
-    privacy = config.privacy
-    terms = Terms(SERVER, "client", privacy.epsilon, privacy.delta, privacy.accountant)
     return PrivateMerge(
-        noising(config, clients), folder / f"{SERVER}{SUFFIX}", terms, config.run.seed
+        noising(config, clients),
+        ledger_path(folder, SERVER),
+        terms(config, SERVER),
+        config.run.seed,
     )
 
 
