@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedlora.recording import Watch
-from fedlora.records import known_losses
+from fedlora.records import train_loss
 
 ROWS = 12  # rounds that stay visible
 COLUMNS = 6  # clients that get a column of their own
@@ -154,12 +154,6 @@ def accuracy(client: Mapping[str, Any] | None) -> float | None:
     if client is None or client["evaluation"] is None:
         return None
     return float(client["evaluation"]["accuracy"])
-
-
-def train_loss(record: Mapping[str, Any]) -> float | None:
-    """The mean training loss over the round's clients that let it out."""
-    losses = known_losses(record)
-    return sum(losses) / len(losses) if losses else None
 
 
 def percent(value: float | None) -> str:

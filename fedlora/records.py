@@ -51,7 +51,7 @@ def round_record(
             "examples": result.examples,
             "steps": int(result.metrics["steps"]),
             "train_loss": result.metrics.get("train_loss"),
-            **{key: result.metrics[key] for key in ("epsilon",) if key in result.metrics},
+            **({"epsilon": result.metrics["epsilon"]} if "epsilon" in result.metrics else {}),
             "evaluation": _scores(result.metrics, "evaluation"),
             "heldout": _scores(result.metrics, "heldout"),
             "global_heldout": _recorded(heldout.get(result.client)),
@@ -116,7 +116,7 @@ def summary_record(
         "labels": list(labels),
         "final": last.get("global") or _mean(own),
         "confusion": confusion.confusion.tolist() if confusion else None,
-        "gap": _gap(last),
+        "gap": _gap(last) if last else None,
         "clients": {client: dict(sizes) for client, sizes in clients.items()},
         "trainable_parameters": trainable,
         "base_parameters": base,
@@ -128,10 +128,11 @@ def summary_record(
     }
 
 
-def known_losses(record: Mapping[str, Any]) -> list[float]:
-    """The training losses that the clients of a round let out."""
-    losses = [client["train_loss"] for client in record.get("clients", {}).values()]
-    return [loss for loss in losses if loss is not None]
+def train_loss(record: Mapping[str, Any]) -> float | None:
+    """The mean training loss of the clients of a round that let theirs out; None where none did."""
+    losses = [client["train_loss"] for client in record["clients"].values()]
+    known = [loss for loss in losses if loss is not None]
+    return sum(known) / len(known) if known else None
 
 
 def peak_memory() -> int:
@@ -146,10 +147,10 @@ def peak_memory() -> int:
 
 def _gap(record: Record) -> float | None:
     """Evaluation loss minus mean training loss of the last round: the sign of overfitting."""
-    losses = known_losses(record)
-    if not losses or not record.get("global"):
+    loss = train_loss(record)
+    if loss is None or not record.get("global"):
         return None
-    return float(record["global"]["loss"] - sum(losses) / len(losses))
+    return float(record["global"]["loss"] - loss)
 
 
 def _mean(found: Sequence[Mapping[str, float] | None]) -> Record | None:

@@ -109,6 +109,15 @@ class Run:
         return value if math.isfinite(value) else last_known(self.evaluation(metric)[trained])
 
 
+def own_heldout(client: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """A client's scores on its held-out rows of the adapter that it would use, if it has any.
+
+    That is the merged one, else its personal one, or its own.
+    """
+    scores: Mapping[str, Any] | None = client.get("global_heldout") or client["heldout"]
+    return scores
+
+
 def by_number(client: str) -> tuple[bool, int, str]:
     """The key to sort clients by: numbers in numerical order, then names."""
     return not client.isdecimal(), int(client) if client.isdecimal() else 0, client

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.files import write_bytes, write_text
-from fedlora.rundir import Run, number, read_run
+from fedlora.rundir import Run, number, own_heldout, read_run
 
 PLAN, RUNS, RESULTS = "sweep.json", "runs", "results.parquet"
 TEXTS = ("id", "method", "case", "path")
@@ -94,7 +94,7 @@ def is_finished(path: Path) -> bool:
 def heldout_score(path: Path) -> Score:
     """The score of a finished run's last round on the rows held out of the clients' training."""
     last = read_run(path).rounds[-1]
-    found = [client["global_heldout"] or client["heldout"] for client in last["clients"].values()]
+    found = map(own_heldout, last["clients"].values())
     rows = [(s["accuracy"], s["loss"], s["examples"]) for s in found if s]
     if not rows:
         raise ValueError(f"{path} scored no held-out rows: tuning needs data.holdout above 0")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from fedlora.rundir import Run, by_number, number, plain
+from fedlora.rundir import Run, by_number, own_heldout, plain
 from fedlora.significance import Paired, estimate, paired
 from fedlora.sweep_report.cases import Arm, Case
 from fedlora.sweep_report.content import Table
@@ -20,17 +20,9 @@ Scores: TypeAlias = Mapping[int, Mapping[str, float]]  # seed -> client -> accur
 
 
 def own_scores(run: Run) -> dict[str, float]:
-    """Accuracy after the last round, by client, on rows held out of the client's training.
-
-    Of the adapter that the client would use: the merged one, its personal one, or its own.
-    """
-    scores = {}
-    for client, found in run.rounds[-1]["clients"].items():
-        place = "global_heldout" if found.get("global_heldout") else "heldout"
-        score = number(found, (place, "accuracy"))
-        if math.isfinite(score):
-            scores[client] = score
-    return scores
+    """Accuracy after the last round, by client, on rows held out of the client's training."""
+    found = {client: own_heldout(own) for client, own in run.rounds[-1]["clients"].items()}
+    return {client: scores["accuracy"] for client, scores in found.items() if scores}
 
 
 def clients_tables(case: Case) -> list[Table]:

@@ -23,11 +23,15 @@ WIDTH = 0.5  # how far apart the methods of one epsilon stand, in steps of the a
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """A case as one epsilon among others; `rest` is what else tells cases apart."""
+    """A case as one epsilon among others; `rest` is what else tells cases apart.
+
+    `noise` is the largest noise multiplier of its runs.
+    """
 
     epsilon: float
     rest: tuple[str, ...]
     case: Case
+    noise: float
 
 
 def privacy_section(cases: Sequence[Case], varied: Sequence[str]) -> Section:
@@ -35,8 +39,7 @@ def privacy_section(cases: Sequence[Case], varied: Sequence[str]) -> Section:
 
     `varied` are the settings in which the sweep's runs differ.
     """
-    tuned = {key for case in cases for arm in case.arms for one in arm.tried for key in one.grid}
-    told = [key for key in varied if key not in tuned and key not in EPSILON]
+    told = [key for key in varied if key not in EPSILON]
     levels = [_level(case, told) for case in cases if case.there]
     groups: dict[tuple[str, ...], list[Level]] = {}
     for level in sorted(levels, key=lambda one: one.epsilon):
@@ -73,7 +76,8 @@ def _level(case: Case, varied: Sequence[str]) -> Level:
     runs = [arm.all[0] for arm in case.there]
     values = {key: [setting(run, key) for run in runs] for key in varied}
     rest = [_short(key, own[0]) for key, own in values.items() if own.count(own[0]) == len(own)]
-    return Level(run_epsilon(runs[0]), tuple(rest), case)
+    noise = max(run_noise(run) for arm in case.there for run in arm.all)
+    return Level(run_epsilon(runs[0]), tuple(rest), case, noise)
 
 
 def _arms(levels: Sequence[Level]) -> list[Arm]:
@@ -118,10 +122,10 @@ def _draw_accuracy(ax: Axes, levels: Sequence[Level]) -> None:
 
 def _draw_noise(ax: Axes, levels: Sequence[Level]) -> None:
     for place, level in enumerate(levels):
-        noise = max(run_noise(run) for arm in level.case.there for run in arm.all)
-        ax.bar([place], [noise], width=0.5, color="#999999")
-        ax.annotate(plain(noise, ".2g") if noise else "none", (place, noise), (0, 2),
-                    textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
+        ax.bar([place], [level.noise], width=0.5, color="#999999")
+        text = plain(level.noise, ".2g") if level.noise else "none"
+        ax.annotate(text, (place, level.noise), (0, 2), textcoords="offset points", ha="center",
+                    fontsize=8)  # fmt: skip
     _epsilon_axis(ax, levels)
     label_axes(ax, "epsilon", "noise multiplier")
 
@@ -139,10 +143,7 @@ def _table(rest: tuple[str, ...], levels: Sequence[Level]) -> Table:
         own = [level.case.arm(arm.method) for level in levels]
         cells = [with_half(final(one), 100.0) if one else "-" for one in own]
         rows.append([arm.method, *cells])
-    noises = [
-        max(run_noise(run) for arm in level.case.there for run in arm.all) for level in levels
-    ]
-    rows.append(["noise multiplier", *(plain(noise, ".3g") for noise in noises)])
+    rows.append(["noise multiplier", *(plain(level.noise, ".3g") for level in levels)])
     title = f"Final accuracy by epsilon, %{': ' if rest else ''}{', '.join(rest)}"
     return Table(title, ["method", *(_name(level.epsilon) for level in levels)], rows)
 

@@ -72,8 +72,8 @@ def sweep_report(folder: Path, out: Path | None = None, choices: Choices | None 
         raise ValueError(f"no run of the sweep {folder} that counts has ended yet: run it first")
     baseline = _baseline(sweep, chosen)
     sections = [_case_section(sweep, case, baseline, chosen) for case in cases]
-    varied = list(dict.fromkeys(key for entry in sweep.entries for key in entry.varied))
-    sections += [privacy_section(cases, varied), _exactness_section(cases), _origin_section(cases)]
+    private = privacy_section(cases, _varied(sweep))
+    sections += [private, _exactness_section(cases), _origin_section(cases)]
     full = [section for section in sections if section.blocks or section.sections]
     summary, command = _summary(cases, baseline, chosen), _command(folder, out, chosen)
     return Report(f"Sweep {sweep.name}", summary, full, command)
@@ -162,10 +162,15 @@ def _no_pairs(case: Case, baseline: str) -> Words:
 
 
 def _ablations(sweep: SweepRuns, case: Case) -> list[Block | None]:
+    groups = one_setting_apart(case, _varied(sweep))
+    return [change_table(base, changes) for base, changes in groups]
+
+
+def _varied(sweep: SweepRuns) -> list[str]:
+    """The settings in which the sweep's runs differ, but for those that are tuned."""
     tuned = {key for entry in sweep.entries for key in entry.grid}
     varied = dict.fromkeys(key for entry in sweep.entries for key in entry.varied)
-    groups = one_setting_apart(case, [key for key in varied if key not in tuned])
-    return [change_table(base, changes) for base, changes in groups]
+    return [key for key in varied if key not in tuned]
 
 
 def _exactness_section(cases: Sequence[Case]) -> Section:
