@@ -40,7 +40,7 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "a file that is half old and half new", "crash peft_roundtrip"),
     # ------------------------------------------------------------ rounds
     ("too-few-merge", "rounds.py",
-     "if len(good) < (policy.min_clients or len(opened.messages)):", "if not good:",
+     "and len(good) < (policy.min_clients or len(opened.messages)):", "and not good:",
      "one reply of many makes a round", "flower_faults status"),
     ("failures-not-counted", "rounds.py", "count = state.memory.get(FAILED, 0.0) + 1", "count = 1",
      "a dead federation runs for ever", "flower_faults"),
