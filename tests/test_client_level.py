@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -205,7 +206,6 @@ def test_a_round_is_charged_before_it_is_merged(tmp_path: Path, design: str) -> 
     spent = read_ledger(run.ledger)
     assert [one.round for one in spent.intents] == [1]
     assert spent.spent == pytest.approx(epsilon([Mechanism(4.0)], 1e-5), rel=1e-3)
-    assert not state.budget
     assert set(state.memory) == {CLIP}
     again = run(get_rule("fra"), ServerState(start), moved, 1, PLAIN)
     first, second = flatten(state.adapter), flatten(again.adapter)
@@ -266,6 +266,36 @@ def test_the_predicted_noise_is_the_noise_of_the_design(design: str) -> None:
         for t in range(20)
     ]
     assert 0.6 < np.mean(norms) / spectral(design, (80, 60), 4) < 1.02
+
+
+@each_design
+def test_the_budget_of_a_round_says_how_much_of_it_is_noise(tmp_path: Path, design: str) -> None:
+    """Nobody answered: all that is wanted beyond the last adapter is noise, of the norm it
+    names.
+    """
+    start = random_adapter(0)
+    zero = {n: Factors(f.A, torch.zeros_like(f.B), f.scaling) for n, f in start.layers.items()}
+    run = merge(tmp_path, design, noise=60.0, clip=1.0)
+    run = replace(run, terms=replace(run.terms, epsilon=1e6))
+    rule = get_rule("ffa" if design == "rows" else "fra")
+    states = [run(rule, ServerState(Adapter(zero, {})), [], t, PLAIN) for t in range(40)]
+    for name in zero:
+        figures = [state.budget[name] for state in states]
+        drawn = math.sqrt(np.mean([one["wanted"] ** 2 for one in figures]))
+        assert drawn == pytest.approx(figures[0]["noise"], rel=0.1)
+        kept = dense(states[0].adapter.layers[name]).norm()
+        assert math.hypot(kept, figures[0]["tail"]) == pytest.approx(figures[0]["wanted"], rel=1e-5)
+
+
+def test_the_budget_is_that_of_the_noised_sum(tmp_path: Path, noiseless: None) -> None:
+    """Where no noise falls: the mean of the increments, and what the SVD cut of it."""
+    start, moved = results()
+    state = merge(tmp_path)(get_rule("fra"), ServerState(start), moved, 1, PLAIN)
+    for name, figures in state.budget.items():
+        whole = sum(dense(r.adapter.layers[name]) for r in moved) / len(moved)
+        lost = whole - dense(state.adapter.layers[name])
+        assert figures["wanted"] == pytest.approx(float(whole.norm()), rel=1e-6)
+        assert figures["tail"] == pytest.approx(float(lost.norm()), rel=1e-4)
 
 
 def test_predictions_fall_with_the_clients() -> None:

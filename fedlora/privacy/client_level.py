@@ -21,13 +21,16 @@ from fedlora.adapter import (
     Factors,
     change,
     converted,
+    frobenius,
     mix,
     precise,
     rescaled,
 )
+from fedlora.budget import turn
 from fedlora.lowrank import Gauge, truncate
 from fedlora.policy import Policy
 from fedlora.privacy.accounting import Mechanism
+from fedlora.privacy.designs import noised_shape
 from fedlora.privacy.ledger import Terms, intend
 from fedlora.privacy.noise import gaussian
 from fedlora.rules import Rule
@@ -95,6 +98,7 @@ class PrivateMerge:
     ) -> ServerState:
         """Charges the round, then merges; nothing that was not noised is left in the state.
 
+        The state's `budget` is made of the noised sums alone: no update is in it as it was.
         ValueError, with nothing drawn, where the budget is spent.
         """
         intend(self.ledger, self.terms, round, self.noising.mechanisms)
@@ -106,16 +110,15 @@ class PrivateMerge:
         factors = [clip_factor(norm, clip) / self.noising.clients for norm in norms]
         sigma = self.noising.message_noise * clip / self.noising.clients
         parts = [pair for pair in zip(ordered, factors, strict=True) if pair[1]]
-        layers = {
-            name: self._layer(rule, name, factors, parts, sigma, round)
-            for name, factors in before.layers.items()
-        }
+        layers, budget = {}, {}
+        for name, prev in before.layers.items():
+            layers[name], budget[name] = self._layer(rule, name, prev, parts, sigma, round)
         dense = {name: _dense(name, tensor, parts, sigma) for name, tensor in before.dense.items()}
         adapter = replace(state.adapter, layers=layers, dense={**state.adapter.dense, **dense})
         memory = {**state.memory, CLIP: clip}
         if self.noising.quantile:
             memory[CLIP] = self._next_clip(clip, norms)
-        return ServerState(adapter, memory)
+        return ServerState(adapter, memory, budget=budget)
 
     def _layer(
         self,
@@ -125,12 +128,20 @@ class PrivateMerge:
         parts: Sequence[tuple[Adapter, float]],
         sigma: float,
         round: int,
-    ) -> Factors:
-        """One layer of the next adapter, float32; clients are read one after another."""
-        exchange, prev = EXCHANGES[self.noising.design], precise(before)
+    ) -> tuple[Factors, dict[str, float]]:
+        """One layer of the next adapter (float32) and its budget; clients are read one by one."""
+        design, prev = self.noising.design, precise(before)
+        exchange = EXCHANGES[design]
         updates, add = Clipped(name, prev, parts), noising(sigma * exchange.stretch)
         added = summed(exchange, prev, updates, self.seed + round, add)
-        return converted(joined(self.noising.design, rule, prev, added), torch.float32, "cpu")
+        after = converted(joined(design, rule, prev, added), torch.float32, "cpu")
+        numbers = math.prod(noised_shape(design, prev.shape, prev.rank))
+        figures = {
+            "wanted": frobenius(mix([prev, added], [1.0, 1.0], 1.0)),
+            "tail": frobenius(mix([prev, added, precise(after)], [1.0, 1.0, -1.0], 1.0)),
+            "noise": sigma * exchange.stretch * math.sqrt(numbers),
+        }
+        return after, figures | turn(before, after)
 
     def _next_clip(self, clip: float, norms: Sequence[float]) -> float:
         """C exp(-rate (share below C, noised, minus the quantile)).

@@ -37,6 +37,7 @@ ERRORS: dict[str, tuple[str, Style]] = {  # besides `tail`, which has the method
     ),
     "folded": ("folded into the model", line_style(2) | {"color": GREY, "linewidth": 1.2}),
     "carried": ("carried to the next round", line_style(3) | {"color": GREY, "linewidth": 1.2}),
+    "noise": ("noise of client-level privacy", line_style(4) | {"color": GREY, "linewidth": 1.2}),
 }
 
 
