@@ -192,7 +192,7 @@ def test_without_a_public_evaluation_set_private_rows_would_be_scored(place: Pla
     [
         ({"client__ranks": [1, 2]}, "does not go with client.ranks"),
         ({"run__save_best": True}, "run.save_best chooses on held-out rows"),
-        ({"privacy__rounds": 1}, "privacy.rounds = 1 are fewer than the 2 rounds"),
+        ({"privacy__rounds": 1}, "privacy.rounds = 1 .* in 2 rounds"),
         ({"privacy__delta": 0.1}, "lets one of 12 examples through"),
     ],
 )
@@ -226,6 +226,26 @@ def test_a_run_says_what_it_will_cost_before_it_trains(place: Place) -> None:
     (line,) = [note for note in notes if note.startswith("privacy")]
     assert "every example of a client, epsilon 8 at delta 0.001 over 2 rounds" in line
     assert "noise 0." in line or "noise 1" in line
+
+
+def test_who_takes_part_is_known_so_noise_need_not_be_planned_for_more(place: Place) -> None:
+    """Two of three clients a round: the rounds of the one that is asked most often are enough."""
+    few = {**PRIVATE, "run__rounds": 5, "merge__participation": 0.5, "client__steps": 1}
+    whole = place.job("whole", **few)
+    execute(whole)
+    most = max(len(intents) for intents in charged(place.folder / "whole").values())
+    assert most < 5
+    (line,) = whole.privacy
+    assert f"no client takes part in more than {most} of them: privacy.rounds = {most}" in line
+    with pytest.raises(ValueError, match=rf"privacy\.rounds = {most - 1} .* in {most} rounds"):
+        place.job("fewer", **few, privacy__rounds=most - 1)
+    execute(place.job("planned", **few, privacy__rounds=most))
+    noise = [
+        charged(place.folder / name)["0"][0].mechanisms[0].noise for name in ("whole", "planned")
+    ]
+    assert noise[1] < noise[0]
+    ledgers = (place.folder / "planned" / LEDGERS).glob("*.ledger")
+    assert 7.9 < max(read_ledger(path).spent for path in ledgers) <= 8
 
 
 # ---------------------------------------------------------------- clients as a whole

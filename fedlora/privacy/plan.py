@@ -6,7 +6,7 @@ Nothing here draws noise or charges a ledger.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -20,7 +20,7 @@ from fedlora.privacy.designs import Prediction, clients_needed, predict
 from fedlora.privacy.example import planned_round, terms
 from fedlora.privacy.ledger import ledger_path
 from fedlora.rounds import Merge
-from fedlora.server import aggregate
+from fedlora.server import aggregate, sample_clients
 from fedlora.settings import round_size, shares_metrics
 
 SERVER = "server"  # whose ledger it is, in client-level privacy
@@ -64,7 +64,7 @@ def check(config: Config) -> None:
 
 
 def _check_example(config: Config) -> None:
-    privacy, rounds = config.privacy, config.run.rounds
+    privacy = config.privacy
     if config.client.ranks:
         raise ValueError(
             "privacy.unit = 'example' does not go with client.ranks: noise would train the pairs "
@@ -74,11 +74,6 @@ def _check_example(config: Config) -> None:
         raise ValueError(
             "run.save_best chooses on held-out rows, without noise: leave it out, or set "
             "privacy.share_metrics"
-        )
-    if 0 < privacy.rounds < rounds and config.merge.participation == 1:
-        raise ValueError(
-            f"privacy.rounds = {privacy.rounds} are fewer than the {rounds} rounds that every "
-            "client takes part in: its budget would end before the run"
         )
 
 
@@ -134,21 +129,37 @@ def announce(config: Config, rows: Mapping[str, int], start: Adapter) -> list[st
     rounds = privacy.rounds or config.run.rounds
     budget = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} over {rounds} rounds"
     if privacy.unit == "example":
-        planned = [planned_round(config, count) for count in sorted(set(rows.values()) - {0})]
-        if not planned:
-            return [f"privacy: every example of a client, {budget}; noise is set by each node"]
-        noises = _span([one.noise for one in planned], "{:.3g}")
-        rates = _span([100 * one.sampling for one in planned], "{:.3g}")
-        return [
-            f"privacy: every example of a client, {budget}; noise {noises} times the clip "
-            f"{privacy.clip:g}, on Poisson batches of {rates} % of its rows"
-        ]
+        return [_announce_example(config, rows, budget)]
     if privacy.delta * len(rows) >= 1:
         raise ValueError(
             f"privacy.delta = {privacy.delta:g} lets one of {len(rows)} clients through "
             f"unprotected: take less than 1 / clients, such as {0.1 / len(rows):.1g}"
         )
     return _announce_clients(config, len(rows), start, budget)
+
+
+def _announce_example(config: Config, rows: Mapping[str, int], budget: str) -> str:
+    privacy, most = config.privacy, most_rounds(config, list(rows))
+    if 0 < privacy.rounds < most:
+        raise ValueError(
+            f"privacy.rounds = {privacy.rounds} is not enough: a client takes part in {most} "
+            "rounds, its budget would end before the run"
+        )
+    line = f"privacy: every example of a client, {budget}; "
+    planned = [planned_round(config, count) for count in sorted(set(rows.values()) - {0})]
+    if planned:
+        noises = _span([one.noise for one in planned], "{:.3g}")
+        rates = _span([100 * one.sampling for one in planned], "{:.3g}")
+        line += f"noise {noises} times the clip {privacy.clip:g}, on "
+        line += f"Poisson batches of {rates} % of its rows"
+    else:
+        line += "noise is set by each node"
+    if most < config.run.rounds and not privacy.rounds:
+        line += (
+            f"; no client takes part in more than {most} of them: privacy.rounds = {most} would "
+            "take less noise"
+        )
+    return line
 
 
 def _announce_clients(config: Config, clients: int, start: Adapter, budget: str) -> list[str]:
@@ -177,6 +188,16 @@ def _announce_clients(config: Config, clients: int, start: Adapter, budget: str)
             f"yourself\n{shown}"
         )
     return lines
+
+
+def most_rounds(config: Config, clients: Sequence[str]) -> int:
+    """The rounds of the client that takes part most often: the draw is public, and known before."""
+    rounds = config.run.rounds
+    if config.run.mode != "federated":
+        return rounds
+    share, seed = config.merge.participation, config.run.seed
+    drawn = (sample_clients(clients, share, seed, round) for round in range(1, rounds + 1))
+    return max(Counter(client for asked in drawn for client in asked).values())
 
 
 def _span(values: list[float], form: str) -> str:
