@@ -33,6 +33,7 @@ from fedlora.settings import ClientSettings, shares_metrics, steps_per_round
 from fedlora.simulation import Fit
 
 POOL = 50  # batches that are sorted by length together
+PIECE = 16  # examples whose own gradients are held at a time
 
 
 def make_fit(model: Model, data: Data, config: Config, ledgers: Path | None = None) -> Fit:
@@ -228,18 +229,18 @@ def _gradients(
         clip=config.privacy.clip, noise=mechanism.noise, expected=expected,
     ) as steps:  # fmt: skip
 
-        def backward(drawn: Rows) -> list[Tensor]:
+        def backward(drawn: Rows) -> Tensor:
             steps.begin(len(drawn))
-            if not len(drawn):
-                return []
             losses = _losses(model, steps.module, data, drawn)
             losses.sum().backward()
-            return [losses.detach().mean()]
+            return losses.detach()
 
         def noised() -> list[Tensor]:
-            found = backward(poisson_batch(rows, mechanism.sampling))
+            drawn = poisson_batch(rows, mechanism.sampling)
+            drawn = drawn[data.train.lengths[drawn].argsort(kind="stable")]
+            found = [backward(drawn[at : at + PIECE]) for at in range(0, len(drawn), PIECE)]
             steps.finish()
-            return found
+            return [torch.cat(found).mean()] if found else []
 
         backward(rows[:2])
         steps.rehearse()  # a layer that cannot be private ends the round before it is charged

@@ -29,6 +29,8 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
     ("mean-then-clip", "privacy/dpsgd.py", 'torch.einsum("i,i...->...", factors, g)',
      "g.mean(dim=0) * float(factors.min()) * len(g)",
      "the batch is clipped, not the example", "dpsgd audit"),
+    ("last-piece-alone", "privacy/dpsgd.py", "{name: total[name] + own for name,",
+     "{name: own for name,", "of a large batch the last few examples count", "dpsgd"),
     ("odd-examples-kept", "privacy/dpsgd.py", "finite = torch.isfinite(squares)",
      "finite = torch.ones_like(squares, dtype=torch.bool)",
      "one NaN makes the sum NaN: it shows itself", "dpsgd"),

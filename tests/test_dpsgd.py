@@ -34,15 +34,18 @@ def noiseless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dpsgd, "gaussian", lambda count: np.zeros(count))
 
 
-def summed(bench: Bench, rows: np.ndarray, clip: float) -> dict[str, torch.Tensor]:
+def summed(
+    bench: Bench, rows: np.ndarray, clip: float, piece: int = 100
+) -> dict[str, torch.Tensor]:
     """Private gradients without noise of one batch, times the expected batch: the clipped sum."""
     parameters = train_only(bench.model, PARTS)
     network = bench.model.network.train()
     with private_steps(network, parameters, clip=clip, noise=1.0, expected=1.0) as steps:
-        inputs, labels = bench.data.train.batch(rows, bench.model.device)
-        steps.begin(len(rows))
-        logits = steps.module(**inputs).logits
-        cross_entropy(logits, labels, reduction="sum").backward()
+        for at in range(0, len(rows), piece):
+            inputs, labels = bench.data.train.batch(rows[at : at + piece], bench.model.device)
+            steps.begin(len(labels))
+            logits = steps.module(**inputs).logits
+            cross_entropy(logits, labels, reduction="sum").backward()
         steps.finish()
         return {name: p.grad.clone() for name, p in parameters.items()}
 
@@ -78,6 +81,9 @@ def test_gradients_are_those_of_one_example_at_a_time(
     scale = max(float(g.abs().max()) for g in want.values())
     for name in want:
         assert float((got[name] - want[name]).abs().max()) <= 1e-5 * scale, name
+    pieces = summed(bench, rows, clip, piece=3)
+    for name in want:
+        assert float((pieces[name] - want[name]).abs().max()) <= 1e-5 * scale, name
 
 
 def test_a_bfloat16_base_has_gradients_of_its_examples_too(
@@ -129,11 +135,15 @@ def wild(rng: np.random.Generator, count: int, shape: torch.Size, clip: float) -
 def released(
     layers: dict[str, nn.Parameter], each: dict[str, torch.Tensor], clip: float, count: int
 ) -> dict[str, torch.Tensor]:
+    """The sum that the noise is put on, of a batch in two pieces."""
     steps = PrivateSteps(nn.Identity(), layers, clip, 0.0, 1.0, {})
-    for name, layer in layers.items():
-        layer.grad_sample = each[name].clone()
-    steps.begin(count)
-    return steps._clipped_sum()
+    half = count // 2
+    for piece in (slice(0, half), slice(half, count)):
+        steps.begin(len(range(count)[piece]))
+        for name, layer in layers.items():
+            layer.grad_sample = each[name][piece].clone()
+    steps.begin(0)
+    return steps.total or steps._zeros()
 
 
 def test_noise_is_gaussian_of_the_size_that_was_asked_for() -> None:

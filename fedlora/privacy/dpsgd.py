@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -30,6 +30,8 @@ def poisson_batch(rows: Rows, rate: float) -> Rows:
 class PrivateSteps:
     """The gradients of one round's steps made private.
 
+    A step's batch may come in pieces (`begin`, forward, backward, for each), so that no more than
+    one piece's gradients are held; `finish` ends the step.
     Norms and sums are float64: a batch's sum moves by at most `clip` (1 + 1e-12) when an example is
     added or removed. A gradient that is not finite counts as zero, so that an odd example can
     neither break the bound nor show itself by a crash.
@@ -42,10 +44,12 @@ class PrivateSteps:
     expected: float
     start: Mapping[str, Tensor]
     steps: int = 0
-    examples: int = 0  # of the batch that is on its way
+    examples: int = 0  # of the piece that is on its way
+    total: dict[str, Tensor] = field(default_factory=dict)  # clipped sums of the pieces before it
 
     def begin(self, examples: int) -> None:
-        """To be called before the forward pass, with the number of examples in it."""
+        """To be called before the forward pass of a piece, with the number of examples in it."""
+        self._add()
         self.examples = examples
 
     def rehearse(self) -> None:
@@ -56,6 +60,7 @@ class PrivateSteps:
         for name in self.parameters:
             self._per_example(name)
         self._forget()
+        self.total = {}
 
     def finish(self) -> None:
         """Turns the per-example gradients of the batch into private ones in `.grad`.
@@ -63,8 +68,8 @@ class PrivateSteps:
         ValueError where a parameter has none: its training would not be private. The batch may be
         empty: its noise is drawn all the same.
         """
-        total = self._clipped_sum()
-        self._forget()
+        self._add()
+        total, self.total = self.total or self._zeros(), {}
         noise = self.noise * self.clip
         for name, parameter in self.parameters.items():
             drawn = torch.from_numpy(gaussian(parameter.numel())).view(parameter.shape)
@@ -87,13 +92,21 @@ class PrivateSteps:
             parameter.grad_sample = None  # type: ignore[attr-defined]
         self.examples = 0
 
+    def _add(self) -> None:
+        """Adds the piece that is on its way, if it has examples, and forgets their gradients."""
+        if self.examples:
+            total, piece = self.total or self._zeros(), self._clipped_sum()
+            self.total = {name: total[name] + own for name, own in piece.items()}
+            self._forget()
+
+    def _zeros(self) -> dict[str, Tensor]:
+        return {
+            name: torch.zeros(parameter.shape, dtype=torch.float64, device=_exact(parameter))
+            for name, parameter in self.parameters.items()
+        }
+
     def _clipped_sum(self) -> dict[str, Tensor]:
-        """The sum over the batch of the gradients, each cut to the norm `clip` over all tensors."""
-        if self.examples == 0:
-            return {
-                name: torch.zeros(parameter.shape, dtype=torch.float64, device=_exact(parameter))
-                for name, parameter in self.parameters.items()
-            }
+        """The sum over a piece of the gradients, each cut to the norm `clip` over all tensors."""
         each = {name: self._per_example(name) for name in self.parameters}
         squares = torch.stack([g.flatten(1).square().sum(dim=1) for g in each.values()]).sum(dim=0)
         finite = torch.isfinite(squares)
