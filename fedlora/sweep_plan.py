@@ -20,7 +20,10 @@ from fedlora.hints import near
 from fedlora.settings import shares_metrics
 
 KEYS = ("name", "seeds", "tune", "tune_seeds", "methods", "cases")
-TUNING = {"evaluate.clients": False, "evaluate.every": 10**6, "evaluate.limit": 1}
+TUNING = {  # held-out rows after the last round, and nothing else
+    "data.evaluate": "", "run.save_best": False,
+    "evaluate.clients": False, "evaluate.every": 10**6, "evaluate.limit": 1,
+}  # fmt: skip
 NAMELESS = ("run.name", "run.out")  # what a run is called does not make it another run
 
 

@@ -28,8 +28,9 @@ def read(tmp_path: Path, text: str, *overrides: str) -> Sweep:
 
 def test_lists_are_crossed_but_for_the_keys_that_are_tuned(tmp_path: Path) -> None:
     sweep = read(
-        tmp_path, f"[client]\nsteps = 5\n[sweep]\nseeds = 2\ntune = ['client.lr']{METHODS}"
-    )
+        tmp_path, f"[client]\nsteps = 5\n[sweep]\nseeds = 2\ntune = ['client.lr']{METHODS}",
+        "data.evaluate=dev.csv",
+    )  # fmt: skip
     assert [method.name for method in sweep.methods] == ["fra", "fedavg", "own"]
     assert (sweep.name, sweep.seeds, sweep.tune_seeds) == ("small", [0, 1], [1000])
     fra, case = sweep.groups[0]
@@ -37,11 +38,13 @@ def test_lists_are_crossed_but_for_the_keys_that_are_tuned(tmp_path: Path) -> No
     assert [trial.grid for trial in tuning] == [{"client.lr": lr} for lr in (1e-3, 2e-3, 4e-3)]
     assert {trial.seed for trial in tuning} == {1000}
     assert all(not trial.config.evaluate.clients and trial.tuning for trial in tuning)
+    assert {trial.config.data.evaluate for trial in tuning} == {""}  # it is not even read
     counted = sweep.trials(fra, case, {"client.lr": 2e-3})
     assert [(t.seed, t.config.run.seed, t.config.client.lr) for t in counted] == [
         (0, 0, 2e-3), (1, 1, 2e-3)
     ]  # fmt: skip
     assert counted[0].config.client.steps == 5
+    assert counted[0].config.data.evaluate.endswith("dev.csv")
     own = sweep.methods[2]
     assert sweep.tuning_trials(own, case) == []
     assert sweep.trials(own, case, {})[0].config.merge.options == {"gauge": "orthonormal"}
