@@ -21,6 +21,7 @@ from fedlora.flower.node import ledger_folder, load_node, refusal
 from fedlora.flower.serving import serve
 from fedlora.flower.wire import Order
 from fedlora.privacy.accounting import Mechanism, epsilon, noise_for
+from fedlora.privacy.example import planned_round
 from fedlora.privacy.ledger import LEDGERS, Intent, Terms, intend, read_ledger
 from fedlora.privacy.statement import statement
 from fedlora.resume import find
@@ -226,6 +227,19 @@ def test_a_run_says_what_it_will_cost_before_it_trains(place: Place) -> None:
     (line,) = [note for note in notes if note.startswith("privacy")]
     assert "every example of a client, epsilon 8 at delta 0.001 over 2 rounds" in line
     assert "noise 0." in line or "noise 1" in line
+
+
+@pytest.mark.parametrize("rule", ["fra", "ffa"])
+def test_a_run_says_how_long_a_steps_noise_is(place: Place, rule: str) -> None:
+    """By hand: sigma sqrt(trained numbers) / (expected batch), in units of the clip."""
+    job = place.job("run", **PRIVATE, merge__rule=rule)
+    one, rows = planned_round(job.config, len(job.data.rows["0"])), len(job.data.rows["0"])
+    count = sum(t.numel() for t in job.start.dense.values())
+    for factors in job.start.layers.values():
+        count += factors.B.numel() + (factors.A.numel() if rule == "fra" else 0)
+    want = one.noise * math.sqrt(count) / (one.sampling * rows)
+    (line,) = job.privacy
+    assert f"on {count:,} trained numbers a step's noise is {want:.2g} times as long" in line
 
 
 def test_who_takes_part_is_known_so_noise_need_not_be_planned_for_more(place: Place) -> None:

@@ -5,22 +5,24 @@ Nothing here draws noise or charges a ledger.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from fedlora.adapter import Adapter
+from fedlora.adapter import PARTS, Adapter, flatten
 from fedlora.config import Config
 from fedlora.data import Data
-from fedlora.privacy.accounting import noise_for
+from fedlora.privacy.accounting import Mechanism, noise_for
 from fedlora.privacy.client_level import Design, Noising, PrivateMerge
 from fedlora.privacy.designs import Prediction, clients_needed, predict
 from fedlora.privacy.example import planned_round, terms
 from fedlora.privacy.ledger import ledger_path
 from fedlora.rounds import Merge
-from fedlora.server import aggregate, sample_clients
+from fedlora.rules import get_rule
+from fedlora.server import ServerState, aggregate, plan_round, sample_clients
 from fedlora.settings import round_size, shares_metrics
 
 SERVER = "server"  # whose ledger it is, in client-level privacy
@@ -129,7 +131,7 @@ def announce(config: Config, rows: Mapping[str, int], start: Adapter) -> list[st
     rounds = privacy.rounds or config.run.rounds
     budget = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} over {rounds} rounds"
     if privacy.unit == "example":
-        return [_announce_example(config, rows, budget)]
+        return [_announce_example(config, rows, start, budget)]
     if privacy.delta * len(rows) >= 1:
         raise ValueError(
             f"privacy.delta = {privacy.delta:g} lets one of {len(rows)} clients through "
@@ -138,7 +140,24 @@ def announce(config: Config, rows: Mapping[str, int], start: Adapter) -> list[st
     return _announce_clients(config, len(rows), start, budget)
 
 
-def _announce_example(config: Config, rows: Mapping[str, int], budget: str) -> str:
+def step_noise(mechanism: Mechanism, rows: int, numbers: int) -> float:
+    """Length of a step's noise over the clip, the longest that the gradient beside it can be.
+
+    sigma sqrt(numbers) / (expected batch), for so many trained numbers.
+    """
+    return mechanism.noise * math.sqrt(numbers) / (mechanism.sampling * rows)
+
+
+def trained_numbers(config: Config, start: Adapter) -> int:
+    """How many numbers a client trains in the first round."""
+    parts = PARTS
+    if config.run.mode == "federated":
+        rule = get_rule(config.merge.rule, **config.merge.options)
+        parts = plan_round(rule, config.merge.head, ServerState(start), 1).trains
+    return sum(tensor.numel() for tensor in flatten(start, parts).values())
+
+
+def _announce_example(config: Config, rows: Mapping[str, int], start: Adapter, budget: str) -> str:
     privacy, most = config.privacy, most_rounds(config, list(rows))
     if 0 < privacy.rounds < most:
         raise ValueError(
@@ -146,12 +165,17 @@ def _announce_example(config: Config, rows: Mapping[str, int], budget: str) -> s
             "rounds, its budget would end before the run"
         )
     line = f"privacy: every example of a client, {budget}; "
-    planned = [planned_round(config, count) for count in sorted(set(rows.values()) - {0})]
+    planned = {rows: planned_round(config, rows) for rows in sorted(set(rows.values()) - {0})}
     if planned:
-        noises = _span([one.noise for one in planned], "{:.3g}")
-        rates = _span([100 * one.sampling for one in planned], "{:.3g}")
-        line += f"noise {noises} times the clip {privacy.clip:g}, on "
-        line += f"Poisson batches of {rates} % of its rows"
+        noises = _span([one.noise for one in planned.values()], "{:.3g}")
+        rates = _span([100 * one.sampling for one in planned.values()], "{:.3g}")
+        numbers = trained_numbers(config, start)
+        long = _span([step_noise(one, rows, numbers) for rows, one in planned.items()], "{:.2g}")
+        line += (
+            f"noise {noises} times the clip {privacy.clip:g}, on Poisson batches of {rates} % of "
+            f"its rows; on {numbers:,} trained numbers a step's noise is {long} times as long as "
+            "its gradient can be"
+        )
     else:
         line += "noise is set by each node"
     if most < config.run.rounds and not privacy.rounds:
