@@ -58,7 +58,9 @@ def make_fit(model: Model, data: Data, config: Config, ledgers: Path | None = No
             torch.manual_seed(_training_seed(config, client, round))
             training = _train(model, data, config, client, round, plan, state, private)
         trained = read_adapter(model, adapter)
-        metrics = training.metrics | _own_scores(model, data, config, client, round)
+        count = sum(tensor.numel() for tensor in flatten(trained, plan.trains).values())
+        metrics = training.metrics | {"trained": float(count)}
+        metrics |= _own_scores(model, data, config, client, round)
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in flatten(trained).values())
         if not (finite and all(map(math.isfinite, metrics.values()))):
             raise ValueError(

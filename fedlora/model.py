@@ -261,12 +261,10 @@ def longest_input(model: Model) -> int:
     return int(min(positions, model.tokenizer.model_max_length, 10**9))
 
 
-def parameter_counts(model: Model) -> tuple[int, int]:
-    """(numbers in the adapter, numbers in the base model), head counted once on either side."""
+def base_count(model: Model) -> int:
+    """How many numbers the base model has, without adapter and head."""
     own = {id(parameter) for parameter in model.parameters.values()}
-    adapter = sum(parameter.numel() for parameter in model.parameters.values())
-    rest = sum(p.numel() for p in model.network.parameters() if id(p) not in own)
-    return adapter, rest
+    return sum(p.numel() for p in model.network.parameters() if id(p) not in own)
 
 
 def _add_frozen(

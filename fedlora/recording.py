@@ -24,7 +24,7 @@ from fedlora.config import Config
 from fedlora.data import Data
 from fedlora.evaluate import Scores, evaluate
 from fedlora.files import write_text
-from fedlora.model import Model, parameter_counts, save_adapter, save_merged, write_adapter
+from fedlora.model import Model, base_count, save_adapter, save_merged, write_adapter
 from fedlora.modes import GLOBAL, Step, for_mode, loop_adapters
 from fedlora.privacy.ledger import LEDGERS, close_all, heads
 from fedlora.privacy.plan import hides_evaluation
@@ -199,14 +199,12 @@ def _save(job: Job, done: _Done, sizes: Mapping[str, Any], stopped: str) -> None
     if not done.records:
         return
     config, folder = job.config, job.folder
-    trainable, base = parameter_counts(job.model)
     summary = summary_record(
         done.records,
         done.scores,
         labels=job.model.labels,
         clients=sizes,
-        trainable=trainable,
-        base=base,
+        base=base_count(job.model),
         interrupted=bool(stopped),
     )
     if stopped:

@@ -21,7 +21,8 @@ from fedlora.modes import Step
 Record: TypeAlias = dict[str, Any]
 SECONDS = ("compute", "evaluate", "aggregate", "total")
 FIGURES = (  # that every client reports of its training
-    "steps", "learning_rate_first", "learning_rate_last", "seconds_compute", "seconds_evaluate",
+    "steps", "trained", "learning_rate_first", "learning_rate_last", "seconds_compute",
+    "seconds_evaluate",
 )  # fmt: skip
 OPTIONAL = ("train_loss", "epsilon")  # the loss is private, and epsilon is of private training
 KINDS = ("evaluation", "heldout")  # what it may have evaluated on, each with all of the SCORES
@@ -50,6 +51,7 @@ def round_record(
         result.client: {
             "examples": result.examples,
             "steps": int(result.metrics["steps"]),
+            "trained": int(result.metrics["trained"]),
             "train_loss": result.metrics.get("train_loss"),
             **({"epsilon": result.metrics["epsilon"]} if "epsilon" in result.metrics else {}),
             "evaluation": _scores(result.metrics, "evaluation"),
@@ -98,12 +100,12 @@ def summary_record(
     *,
     labels: Sequence[str],
     clients: Mapping[str, Mapping[str, int]],
-    trainable: int,
     base: int,
     interrupted: bool,
 ) -> Record:
     """The end of a run: final scores, confusion matrix, sizes, cost beside full fine-tuning's.
 
+    `trainable_parameters` is what a client trains in a round, the mean over all that did.
     Without a global adapter (mode or head `local`) the final scores are the mean over clients.
     """
     last = records[-1] if records else {}
@@ -118,7 +120,7 @@ def summary_record(
         "confusion": confusion.confusion.tolist() if confusion else None,
         "gap": _gap(last) if last else None,
         "clients": {client: dict(sizes) for client, sizes in clients.items()},
-        "trainable_parameters": trainable,
+        "trainable_parameters": _trained(records),
         "base_parameters": base,
         "peak_memory_bytes": peak_memory(),
         "bytes_up_total": sum(record["bytes_up"] for record in records),
@@ -143,6 +145,11 @@ def peak_memory() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = (own or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss])[0] * unit
     return peak + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def _trained(records: Sequence[Record]) -> int:
+    each = [client["trained"] for record in records for client in record["clients"].values()]
+    return round(sum(each) / len(each)) if each else 0
 
 
 def _gap(record: Record) -> float | None:

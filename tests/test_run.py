@@ -72,15 +72,28 @@ def test_the_last_line_of_the_log_is_what_the_saved_adapter_scores(place: Place)
 
 def test_bytes_and_sizes_by_hand(place: Place) -> None:
     folder = place.run(merge__rule="ffa")
-    numbers_A = numbers_B = 4 * 3 * 32  # four layers of 32 x 32, rank 3
+    numbers_B = 4 * 3 * 32  # four layers of 32 x 32, rank 3
     head = 2 * 32 + 2
     log, end = records(folder), summary(folder)
     assert [record["bytes_up"] for record in log] == [0] + [3 * 4 * (numbers_B + head)] * 2
     assert [record["bytes_down"] for record in log] == [0] + [3 * 4 * (numbers_B + head)] * 2
-    assert end["trainable_parameters"] == numbers_A + numbers_B + head
+    assert end["trainable_parameters"] == numbers_B + head
     assert end["bytes_up_total"] == sum(record["bytes_up"] for record in log)
     assert end["full_finetuning_bytes_total"] == 2 * 4 * end["base_parameters"] * 6
     assert end["clients"]["0"] == {"train": 12, "heldout": 4}
+
+
+def test_trainable_parameters_are_what_clients_trained_in_the_mean(place: Place) -> None:
+    """Clients of rank 3 and 1; the hybrid trains A and B in its first round, B in its second."""
+    one, head = 4 * 32, 2 * 32 + 2  # a pair's rows or columns in all layers, and the head
+    hybrid = place.run("hybrid", merge__rule="hybrid", merge__options={"switch": 1})
+    assert summary(hybrid)["trainable_parameters"] == (6 * one + head + 3 * one + head) / 2
+    trained = [client["trained"] for client in records(hybrid)[-1]["clients"].values()]
+    assert trained == [3 * one + head] * 3
+    mixed = place.run("mixed", client__ranks=[3, 1, 1])
+    assert summary(mixed)["trainable_parameters"] == round((6 + 2 + 2) / 3 * one + head)
+    alone = place.run("alone", run__mode="local", merge__head="freeze")
+    assert summary(alone)["trainable_parameters"] == 6 * one
 
 
 def test_the_card_says_what_was_done(place: Place) -> None:
