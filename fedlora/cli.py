@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fedlora.cli_privacy import privacy
 from fedlora.cli_report import report
+from fedlora.cli_rules import import_own_rule, merge, rules
 from fedlora.cli_sweep import sweep
 
 if TYPE_CHECKING:
@@ -32,9 +33,6 @@ app = typer.Typer(
 
 flower = typer.Typer(no_args_is_help=True, help="Federations across machines, on Flower.")
 app.add_typer(flower, name="flower")
-app.command()(privacy)
-app.command()(report)
-app.command()(sweep)
 
 Engine = Literal["process", "flower"]
 Sets = Annotated[
@@ -46,7 +44,6 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")
 Client = Annotated[str, typer.Option("--client", help="Use this client's own adapter.")]
 
 
-@app.command()
 def run(
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The run's settings.")
@@ -74,7 +71,6 @@ def run(
     _resume(resume or Path(), given)
 
 
-@app.command()
 def status(run: RunPath) -> None:
     """Show where a run stands: its round, scores, failures, and whether it can be resumed."""
     from fedlora.status import status_lines
@@ -103,14 +99,12 @@ def flower_init(
     Console().print(f"{out}: read its README.md, then `flwr run {out}`", highlight=False)
 
 
-@app.command()
 def demo(set: Sets = None) -> None:
     """Run the built-in federation: three clients, generated reviews, MiniLM, merge rule FRA."""
     with resources.as_file(resources.files("fedlora") / "demo.toml") as path:
         _run(_loaded(path, set))
 
 
-@app.command()
 def partition(
     config: ConfigPath,
     set: Sets = None,
@@ -138,7 +132,6 @@ def partition(
         console.print(f"drawn in {out}", highlight=False)
 
 
-@app.command()
 def evaluate(run: RunPath, data: str, client: Client = "") -> None:
     """Score a run's adapter on a labelled file."""
     import numpy as np
@@ -164,7 +157,6 @@ def evaluate(run: RunPath, data: str, client: Client = "") -> None:
     console.print(grid)
 
 
-@app.command()
 def predict(
     run: RunPath,
     data: str,
@@ -188,118 +180,6 @@ def predict(
     out.write_text(text, encoding="utf-8")
 
 
-@app.command()
-def merge(
-    adapters: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter folders in PEFT's form.")
-    ],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The new folder to write.")
-    ] = None,
-    rule: Annotated[
-        str, typer.Option(help="Merge rule; `fedlora rules` lists them; ./FILE.py:NAME is yours.")
-    ] = "fra",
-    rank: Annotated[
-        str, typer.Option(help="Rank of all layers, or auto:SHARE of the energy; else as put in.")
-    ] = "",
-    weights: Annotated[str, typer.Option(help="One a folder, as 3,1,1; else all alike.")] = "",
-    option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="An option of the rule. Repeatable."),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    other_base: Annotated[
-        bool, typer.Option("--other-base", help="Allow bases of other names, same layers.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check, merge and print; write nothing.")
-    ] = False,
-    report: Annotated[
-        bool, typer.Option("--report", help="Also draw the singular values, PNG and SVG.")
-    ] = False,
-) -> None:
-    """Merge finished adapters from disk into one, without their base model."""
-    from fedlora.merge_card import summary
-    from fedlora.merge_command import merged
-
-    console = Console()
-    import_own_rule(rule)
-    try:
-        outcome = merged(
-            adapters,
-            out,
-            dry_run=dry_run,
-            rule=rule,
-            options=option or [],
-            rank=rank,
-            weights=weights,
-            dtype=dtype,
-            other_base=other_base,
-            report=report,
-            console=console,
-        )
-    except KeyboardInterrupt:
-        sys.stderr.write("fedlora: interrupted; nothing was written\n")
-        raise SystemExit(130) from None
-    for line in summary(outcome):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    where = f"written to {outcome.folder}" if outcome.folder else "nothing was written (--dry-run)"
-    console.print(where, highlight=False, markup=False, soft_wrap=True)
-
-
-@app.command()
-def rules(
-    name: Annotated[
-        str, typer.Argument(help="Show this rule's whole story; ./FILE.py:NAME shows your own.")
-    ] = "",
-) -> None:
-    """List the merge rules and what each promises."""
-    from fedlora.rules import (
-        LAWS,
-        defaults,
-        described,
-        get_rule,
-        option_types,
-        rule_names,
-        traffic,
-        trained,
-    )
-
-    console = Console()
-    if name:
-        import_own_rule(name)
-        found = get_rule(name)
-        console.print(found.doc, highlight=False, markup=False, soft_wrap=True)
-        for law, meaning in LAWS.items():
-            claim = found.laws[law]
-            kept = "yes" if claim is True else f"no: {claim}"
-            console.print(f"{law.replace('_', ' ')} ({meaning}): {kept}", soft_wrap=True)
-        up, down = traffic(found)
-        console.print(f"clients train {trained(found)}; up {up}, down {down}", highlight=False)
-        if found.residual:
-            first, *rest = found.residual
-            fates = ", ".join([f"{first} (default)", *rest])
-            console.print(f"residual: {fates}", highlight=False)
-        for option, value in defaults(found).items():
-            kind = described(option_types(found)[option])
-            text = f"option {option}: {kind}; now {value!r}"
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
-        return
-    marked = ("exact", "linear", "mixed_ranks")
-    heads = ["rule", "trains", *(law.replace("_", " ") for law in marked), "up", "down"]
-    table = Table(*heads, "what it does", box=None, pad_edge=False)
-    for name in rule_names():
-        found = get_rule(name)
-        marks = ["yes" if found.laws[law] is True else "-" for law in marked]
-        table.add_row(name, trained(found), *marks, *traffic(found), found.summary)
-    console.print(table)
-    console.print(
-        "up, down: numbers sent per layer (m x n), client and round; f is the rank of what was "
-        "folded\n`fedlora rules NAME` tells the whole story of one"
-    )
-
-
-@app.command()
 def config() -> None:
     """List every setting with its default and meaning."""
     from fedlora.config import settings_table
@@ -308,6 +188,13 @@ def config() -> None:
     for key, default, help in settings_table():
         table.add_row(key, default, help)
     Console().print(table, markup=False)
+
+
+for command in (
+    *(run, status, demo, partition, evaluate, predict),
+    *(report, sweep, privacy, merge, rules, config),
+):
+    app.command()(command)  # --help lists them in this order
 
 
 def main() -> None:
@@ -326,15 +213,6 @@ def _loaded(path: Path, overrides: list[str] | None) -> Config:
     from fedlora.config import load_config
 
     return load_config(path, overrides or [], own_rule=import_own_rule)
-
-
-def import_own_rule(name: str) -> None:
-    """Runs the user's file where a rule is named as one: this is the user's own command line."""
-    from fedlora.config import FILE_RULE
-    from fedlora.own_rules import import_rule
-
-    if FILE_RULE in name:
-        import_rule(name)
 
 
 def _run_on_flower(config: Config) -> None:

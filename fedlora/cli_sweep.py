@@ -31,7 +31,7 @@ def sweep(
     plan: Annotated[bool, typer.Option("--plan", help="Show what would run; run nothing.")] = False,
 ) -> None:
     """Run methods x cases x seeds, each at its own best settings; go on where it stopped."""
-    from fedlora.cli import import_own_rule
+    from fedlora.cli_rules import import_own_rule
     from fedlora.sweep_plan import load_sweep
 
     console = Console()

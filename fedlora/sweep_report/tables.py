@@ -103,7 +103,7 @@ def early_table(case: Case, target: float) -> Table:
     head = ["method", "reached by", "rounds, median", "MB, median", "area, %"]
     notes = [
         "The first evaluated round at or above the target, not smoothed; MB both ways until then. "
-        "A seed that never got there counts as later than all others, so a median of `not reached` "
+        "A seed that never got there counts as later than all others, so a median of "
         "means that half of the seeds or more did not.",
         "Area: the mean height of the accuracy curve from its first to its last evaluated round.",
     ]
