@@ -103,8 +103,8 @@ def early_table(case: Case, target: float) -> Table:
     head = ["method", "reached by", "rounds, median", "MB, median", "area, %"]
     notes = [
         "The first evaluated round at or above the target, not smoothed; MB both ways until then. "
-        "A seed that never got there counts as later than all others, so a median of "
-        "means that half of the seeds or more did not.",
+        "A seed that never got there counts as later than all others; where the median says not "
+        "reached, half of the seeds or more did not.",
         "Area: the mean height of the accuracy curve from its first to its last evaluated round.",
     ]
     return Table(f"Time to {target:.1%} accuracy", head, rows, notes)
