@@ -122,12 +122,14 @@ def batches(
 
 
 def evaluation_rows(config: Config, data: Data, round: int) -> Rows | None:
-    """The rows to evaluate on after this round: a fixed subset, all in the last round, or none."""
-    last = round == config.run.rounds
-    if not last and round % config.evaluate.every:
+    """The rows to follow a run by, the same in every round; None where this one is not evaluated.
+
+    All of them, or a subset drawn by the seed. The last round is always evaluated.
+    """
+    if round != config.run.rounds and round % config.evaluate.every:
         return None
     rows, limit = data.evaluation_rows, config.evaluate.limit
-    if last or limit == 0 or limit >= len(rows):
+    if limit == 0 or limit >= len(rows):
         return rows
     drawn = numpy_generator(config.run.seed, "evaluate").permutation(len(rows))[:limit]
     drawn.sort()

@@ -57,15 +57,19 @@ class Scores:
 
 def evaluate(model: Model, examples: Examples, rows: Rows, batch: int = 64) -> Scores:
     """Scores these rows; ValueError for none. Loss is the mean cross-entropy in nats."""
+    return evaluate_with_part(model, examples, rows, rows, batch)[0]
+
+
+def evaluate_with_part(
+    model: Model, examples: Examples, rows: Rows, part: Rows, batch: int = 64
+) -> tuple[Scores, Scores]:
+    """Scores these rows, and the `part` of them apart, in one pass; ValueError for none."""
     if rows.size == 0:
         raise ValueError("there are no rows to evaluate on")
     logits = predict(model, examples, rows, batch)
     labels = torch.from_numpy(examples.labels[rows])
-    loss = float(cross_entropy(logits.double(), labels))
-    classes = logits.shape[1]
-    confusion = np.zeros((classes, classes), dtype=np.int64)
-    np.add.at(confusion, (labels.numpy(), logits.argmax(dim=1).numpy()), 1)
-    return Scores(loss, confusion)
+    within = torch.from_numpy(np.isin(rows, part))
+    return _scores(logits, labels), _scores(logits[within], labels[within])
 
 
 def predict(model: Model, examples: Examples, rows: Rows, batch: int = 64) -> Tensor:
@@ -84,6 +88,14 @@ def predict(model: Model, examples: Examples, rows: Rows, batch: int = 64) -> Te
     back = torch.empty(len(order), dtype=torch.int64)
     back[torch.from_numpy(order)] = torch.arange(len(order))
     return logits[back]
+
+
+def _scores(logits: Tensor, labels: Tensor) -> Scores:
+    loss = float(cross_entropy(logits.double(), labels))
+    classes = logits.shape[1]
+    confusion = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(confusion, (labels.numpy(), logits.argmax(dim=1).numpy()), 1)
+    return Scores(loss, confusion)
 
 
 def autocast(model: Model) -> torch.autocast:

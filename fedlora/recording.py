@@ -22,13 +22,13 @@ from fedlora.checkpoint import Checkpoint, remove_checkpoints, save_checkpoint
 from fedlora.client import evaluation_rows
 from fedlora.config import Config
 from fedlora.data import Data
-from fedlora.evaluate import Scores, evaluate
+from fedlora.evaluate import Scores, evaluate, evaluate_with_part
 from fedlora.files import write_text
 from fedlora.model import Model, base_count, save_adapter, save_merged, write_adapter
 from fedlora.modes import GLOBAL, Step, for_mode, loop_adapters
 from fedlora.privacy.ledger import LEDGERS, close_all, heads
 from fedlora.privacy.plan import hides_evaluation
-from fedlora.records import Record, round_record, summary_record
+from fedlora.records import Record, Scored, round_record, summary_record
 from fedlora.resume import CHECKPOINTS, Resumed
 from fedlora.robust import warning
 from fedlora.runlog import append_record, create_run, model_card, versions, write_json
@@ -104,14 +104,12 @@ def recording(job: Job, watch: Watch) -> Iterator[Note]:
         round = step.round if step else 0
         watch("evaluate", {"round": round})
         reached = perf_counter()
-        shared, heldout = _evaluated(job.model, data, config, round, adapters)
+        scored = _evaluated(job.model, data, config, round, adapters)
         spent, total = perf_counter() - reached, perf_counter() - began
-        record = round_record(
-            round, shared, heldout, step, seconds_evaluate=spent, seconds_total=total
-        )
+        record = round_record(round, scored, step, seconds_evaluate=spent, seconds_total=total)
         began = perf_counter()  # what writing and watching take counts for the next round
         append_record(job.folder, record)
-        done = done.then(record, adapters, shared)
+        done = done.then(record, adapters, scored.shared.get(GLOBAL))
         if step is not None:
             _keep(job.folder, step, done)
         watch("round", record)
@@ -137,9 +135,9 @@ def _begun(job: Job) -> _Done:
     checkpoint, records = job.resumed.checkpoint, job.resumed.records
     config, data = for_mode(job.config, job.data)
     adapters = loop_adapters(config, sorted(data.rows), checkpoint.loops)
-    scores = _evaluated(job.model, data, config, checkpoint.round, adapters)[0]
+    scored = _evaluated(job.model, data, config, checkpoint.round, adapters)
     best = (*checkpoint.notes["best"], checkpoint.best) if checkpoint.notes["best"] else None
-    return _Done(records, adapters, scores, best)
+    return _Done(records, adapters, scored.shared.get(GLOBAL), best)
 
 
 def _keep(folder: Path, step: Step, done: _Done) -> None:
@@ -165,30 +163,30 @@ def _notes(job: Job, sizes: Mapping[str, Any], place: Mapping[str, Any]) -> list
 
 def _evaluated(
     model: Model, data: Data, config: Config, round: int, adapters: Mapping[str, Adapter]
-) -> tuple[Scores | None, dict[str, Scores]]:
-    """The global adapter on the shared set, and on each client's held-out rows (or the client's
-    own).
-    """
-    rows, batch = evaluation_rows(config, data, round), config.evaluate.batch
-    lets_out = shares_metrics(config.privacy)
-    if rows is None or not len(rows) or hides_evaluation(config, data):
-        return None, {}  # not now, or nothing that may be scored
-    heldout: dict[str, Scores] = {}
-    shared: Scores | None = None
+) -> Scored:
+    """Each adapter on the shared set, and on its client's held-out rows (the global one: all)."""
+    part, batch = evaluation_rows(config, data, round), config.evaluate.batch
+    if part is None or not len(part) or hides_evaluation(config, data):
+        return Scored()  # not now, or nothing that may be scored
+    rows = data.evaluation_rows if round == config.run.rounds else part
+    scored = Scored()
     for name, adapter in adapters.items():
         write_adapter(model, adapter)
-        if name == GLOBAL:
-            shared = evaluate(model, data.evaluation, rows, batch)
+        whole, again = evaluate_with_part(model, data.evaluation, rows, part, batch)
+        scored.shared[name] = whole
+        if len(part) < len(rows):
+            scored.subset[name] = again
         for client in data.heldout if name == GLOBAL else [name]:
-            if data.heldout[client].size and lets_out:
-                heldout[client] = evaluate(model, data.train, data.heldout[client], batch)
-    for scores in (shared, *heldout.values()):
-        if scores is not None and not math.isfinite(scores.loss):
+            if data.heldout[client].size and shares_metrics(config.privacy):
+                own = evaluate(model, data.train, data.heldout[client], batch)
+                scored.heldout[client] = own
+    for scores in (*scored.shared.values(), *scored.heldout.values()):
+        if not math.isfinite(scores.loss):
             raise ValueError(
                 f"round {round}: the loss of the merged adapter is {scores.loss}: training "
                 f"diverged, lower client.lr, now {config.client.lr}"
             )
-    return shared, heldout
+    return scored
 
 
 def _save(job: Job, done: _Done, sizes: Mapping[str, Any], stopped: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ import torch
 
 from fedlora.budget import totals
 from fedlora.evaluate import Scores
-from fedlora.modes import Step
+from fedlora.modes import GLOBAL, Step
 
 Record: TypeAlias = dict[str, Any]
 SECONDS = ("compute", "evaluate", "aggregate", "total")
@@ -29,16 +29,33 @@ KINDS = ("evaluation", "heldout")  # what it may have evaluated on, each with al
 SCORES = ("accuracy", "macro_f1", "loss", "examples")
 
 
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What a round's adapters score: each by its name (the global one's is empty) on the shared set
+    and on the subset that earlier rounds had, if that is another; and on each client's held-out
+    rows.
+    """
+
+    shared: dict[str, Scores] = field(default_factory=dict)
+    subset: dict[str, Scores] = field(default_factory=dict)
+    heldout: dict[str, Scores] = field(default_factory=dict)
+
+
 def round_record(
     round: int,
-    shared: Scores | None,
-    heldout: Mapping[str, Scores],
+    scored: Scored,
     step: Step | None,
     *,
     seconds_evaluate: float,
     seconds_total: float,
 ) -> Record:
-    """The line of one round; `shared` scores the global adapter, `heldout` it on clients' rows.
+    """The line of one round, `scored` with the adapters that it ended with.
+
+    `global` scores the global adapter on the shared set; where clients have adapters of their own,
+    `personal` is the mean over them. `subset` is the same on the rows that earlier rounds were
+    scored on, in a last round that has more. `heldout` is over the held-out rows of all clients,
+    whether they took part or not, and `clients` of those who did; their `evaluation` and `heldout`
+    are of the client's adapter before the merge.
 
     Losses are in nats, bytes are those of the arrays, seconds are wall-clock: `compute` is forward,
     backward and optimiser steps, `total` the whole round with evaluation. `budget` as in
@@ -56,14 +73,14 @@ def round_record(
             **({"epsilon": result.metrics["epsilon"]} if "epsilon" in result.metrics else {}),
             "evaluation": _scores(result.metrics, "evaluation"),
             "heldout": _scores(result.metrics, "heldout"),
-            "global_heldout": _recorded(heldout.get(result.client)),
         }
         for result in results
     }
     return {
         "round": round,
-        "global": _recorded(shared),
-        "heldout": _pooled(heldout),
+        **_shared(scored.shared),
+        "subset": next((one for one in _shared(scored.subset).values() if one), None),
+        "heldout": _pooled(scored.heldout),
         "clients": clients,
         "merge_error": step.merge.get("merge_error") if step else None,
         "merge": dict(step.merge) if step else {},
@@ -106,17 +123,16 @@ def summary_record(
     """The end of a run: final scores, confusion matrix, sizes, cost beside full fine-tuning's.
 
     `trainable_parameters` is what a client trains in a round, the mean over all that did.
-    Without a global adapter (mode or head `local`) the final scores are the mean over clients.
+    Without a global adapter the final scores are the mean over the clients' own adapters.
     """
     last = records[-1] if records else {}
     seconds = [record["seconds"] for record in records if record["round"] > 0]
     exchanges = sum(len(record["clients"]) for record in records)
-    own = [client["evaluation"] for client in last.get("clients", {}).values()]
     return {
         "interrupted": interrupted,
         "rounds": last.get("round", 0),
         "labels": list(labels),
-        "final": last.get("global") or _mean(own),
+        "final": last.get("global") or last.get("personal"),
         "confusion": confusion.confusion.tolist() if confusion else None,
         "gap": _gap(last) if last else None,
         "clients": {client: dict(sizes) for client, sizes in clients.items()},
@@ -131,10 +147,13 @@ def summary_record(
 
 
 def train_loss(record: Mapping[str, Any]) -> float | None:
-    """The mean training loss of the clients of a round that let theirs out; None where none did."""
-    losses = [client["train_loss"] for client in record["clients"].values()]
-    known = [loss for loss in losses if loss is not None]
-    return sum(known) / len(known) if known else None
+    """The mean training loss of a round's clients, weighted by their examples; of those that let
+    theirs out, None where none did.
+    """
+    each = [(client["train_loss"], client["examples"]) for client in record["clients"].values()]
+    known = [(loss, examples) for loss, examples in each if loss is not None]
+    total = sum(examples for _, examples in known)
+    return sum(loss * examples for loss, examples in known) / total if total else None
 
 
 def peak_memory() -> int:
@@ -154,30 +173,31 @@ def _trained(records: Sequence[Record]) -> int:
 
 def _gap(record: Record) -> float | None:
     """Evaluation loss minus mean training loss of the last round: the sign of overfitting."""
-    loss = train_loss(record)
-    if loss is None or not record.get("global"):
+    loss, shared = train_loss(record), record.get("global") or record.get("personal")
+    if loss is None or not shared:
         return None
-    return float(record["global"]["loss"] - loss)
+    return float(shared["loss"] - loss)
 
 
-def _mean(found: Sequence[Mapping[str, float] | None]) -> Record | None:
-    scored = [scores for scores in found if scores]
-    if not scored:
-        return None
-    return {key: sum(scores[key] for scores in scored) / len(scored) for key in scored[0]}
+def _shared(scores: Mapping[str, Scores]) -> Record:
+    """The global scores, and the mean over those of clients; None where there are none."""
+    one = scores[GLOBAL].record() if GLOBAL in scores else None
+    each = [own.record() for name, own in scores.items() if name != GLOBAL]
+    mean = {key: sum(own[key] for own in each) / len(each) for key in each[0]} if each else None
+    return {"global": one, "personal": mean}
 
 
 def _pooled(heldout: Mapping[str, Scores]) -> Record | None:
-    """Accuracy over the held-out rows of all clients, whether they took part or not."""
+    """Accuracy and loss over all held-out rows, and each client's scores."""
     examples = sum(scores.examples for scores in heldout.values())
     if examples == 0:
         return None
-    hits = sum(scores.accuracy * scores.examples for scores in heldout.values())
-    return {"accuracy": hits / examples, "examples": examples}
-
-
-def _recorded(scores: Scores | None) -> Record | None:
-    return scores.record() if scores else None
+    return {
+        "accuracy": sum(one.accuracy * one.examples for one in heldout.values()) / examples,
+        "loss": sum(one.loss * one.examples for one in heldout.values()) / examples,
+        "examples": examples,
+        "clients": {client: scores.record() for client, scores in heldout.items()},
+    }
 
 
 def _scores(metrics: Mapping[str, float], kind: str) -> Record | None:

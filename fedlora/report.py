@@ -110,5 +110,7 @@ def _client_cells(run: Run, client: str) -> dict[str, str]:
         "accuracy": percent(last("evaluation", "accuracy")),
         "macro-F1": percent(last("evaluation", "macro_f1")),
         "own held-out": percent(last("heldout", "accuracy")),
-        "global on own held-out": percent(last("global_heldout", "accuracy")),
+        "global on own held-out": percent(
+            last_known(run.series("heldout", "clients", client, "accuracy"))
+        ),
     }

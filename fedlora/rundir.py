@@ -65,15 +65,15 @@ class Run:
         return np.array([number(line, keys) for line in self.rounds], dtype=np.float64)
 
     def evaluation(self, metric: str) -> Array:
-        """`metric` of the global adapter a round, or the clients' plain mean if there is none.
+        """`metric` of the global adapter a round, or the mean over clients that have their own.
 
-        Round 0 evaluates the common start, which is there in every mode.
+        On the same rows in every round: the last one's score on all rows is `final`. Round 0
+        evaluates the common start, which is there in every mode.
         """
-        values, trained = self.series("global", metric), self.series("round") > 0
-        if np.isfinite(values[trained]).any() or not self.clients:
-            return values
-        each = [self.series("clients", client, "evaluation", metric) for client in self.clients]
-        return np.where(trained, _mean(np.stack(each)), values)
+        found = [self.series(key, metric) for key in ("subset", "global", "personal")]
+        return np.where(
+            np.isfinite(found[0]), found[0], np.where(np.isfinite(found[1]), found[1], found[2])
+        )
 
     def megabytes(self, way: str) -> Array:
         """Megabytes (10^6 bytes) sent `up` or `down` by all clients up to each round."""
@@ -88,8 +88,8 @@ class Run:
 
     @property
     def gap(self) -> float:
-        """Evaluation loss minus training loss in the last round that has both; else NaN."""
-        return last_known(self.evaluation("loss") - self.train_loss())
+        """Evaluation loss minus training loss at the end; NaN where either is not known."""
+        return self.final("loss") - last_known(self.train_loss())
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -109,12 +109,12 @@ class Run:
         return value if math.isfinite(value) else last_known(self.evaluation(metric)[trained])
 
 
-def own_heldout(client: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """A client's scores on its held-out rows of the adapter that it would use, if it has any.
+def own_heldout(line: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """Scores on each client's held-out rows, by client, of the adapter that it would use.
 
-    That is the merged one, else its personal one, or its own.
+    That is the merged one, else its personal one, or its own. Empty where nothing was scored.
     """
-    scores: Mapping[str, Any] | None = client.get("global_heldout") or client["heldout"]
+    scores: Mapping[str, Mapping[str, Any]] = (line["heldout"] or {}).get("clients", {})
     return scores
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.files import write_bytes, write_text
-from fedlora.rundir import Run, number, own_heldout, read_run
+from fedlora.rundir import Run, number, read_run
 
 PLAN, RUNS, RESULTS = "sweep.json", "runs", "results.parquet"
 TEXTS = ("id", "method", "case", "path")
@@ -93,16 +93,10 @@ def is_finished(path: Path) -> bool:
 
 def heldout_score(path: Path) -> Score:
     """The score of a finished run's last round on the rows held out of the clients' training."""
-    last = read_run(path).rounds[-1]
-    found = map(own_heldout, last["clients"].values())
-    rows = [(s["accuracy"], s["loss"], s["examples"]) for s in found if s]
-    if not rows:
+    found = read_run(path).rounds[-1]["heldout"]
+    if not found:
         raise ValueError(f"{path} scored no held-out rows: tuning needs data.holdout above 0")
-    total = sum(examples for *_, examples in rows)
-    return Score(
-        sum(accuracy * examples for accuracy, _, examples in rows) / total,
-        sum(loss * examples for _, loss, examples in rows) / total,
-    )
+    return Score(found["accuracy"], found["loss"])
 
 
 def read_sweep(folder: Path) -> SweepRuns:

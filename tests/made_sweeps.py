@@ -46,16 +46,23 @@ def line(
             "train_loss": train,
             "evaluation": scores(0.01 * (k + 1)),
             "heldout": None,
-            "global_heldout": {"accuracy": 0.5, "loss": 0.6, "examples": 10},
         }
         for k, client in enumerate(clients if round else ())
     }
     found = {
-        "round": round, "global": scores(0.0), "clients": each,
+        "round": round, "global": scores(0.0), "personal": None, "subset": None,
+        "heldout": heldout(dict.fromkeys(clients, 0.5)), "clients": each,
         "merge_error": error if round else None,
         "bytes_up": sent if round else 0, "bytes_down": 2 * sent if round else 0,
     }  # fmt: skip
     return found | ({"budget": budget} if budget and round else {})
+
+
+def heldout(accuracy: Mapping[str, float]) -> dict[str, Any]:
+    """The scores of a round on ten held-out rows of each client."""
+    each = {c: {"accuracy": a, "loss": 0.6, "examples": 10} for c, a in accuracy.items()}
+    mean = sum(accuracy.values()) / len(accuracy)
+    return {"accuracy": mean, "loss": 0.6, "examples": 10 * len(each), "clients": each}
 
 
 def write_run(path: Path, lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
@@ -101,8 +108,7 @@ def make_sweep(
             for rate, accuracy in rates.items():
                 entries.append(_entry(method, case, 1000, True, settings, {"client.lr": rate}))
                 last = line(1, 0.5)
-                for client in last["clients"].values():
-                    client["global_heldout"]["accuracy"] = accuracy
+                last["heldout"] = heldout(dict.fromkeys(last["clients"], accuracy))
                 values = {**settings, "client.lr": rate, "run.seed": 1000}
                 write_run(run_path(folder, entries[-1].id), [line(0, 0.5), last], values)
             for seed in seeds:
@@ -172,7 +178,7 @@ def shown_lines(method: str, case: str, seed: int, rounds: int = 30) -> list[dic
             budget=_shown_budget(error, t, draw) if error and error > 1e-6 else None,
         )  # fmt: skip
         if mode == "local" and t:
-            made["global"] = None
+            made["global"], made["personal"] = None, made["global"]
         if mode == "central":
             made["clients"] = {"central": made["clients"]["0"]} if t else {}
         lines.append(made)

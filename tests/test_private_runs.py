@@ -69,7 +69,6 @@ def test_a_private_run_charges_every_client_for_every_round(place: Place, rule: 
         assert log[-1]["clients"][name]["epsilon"] == pytest.approx(ledger.spent)
         assert log[-1]["clients"][name]["train_loss"] is None
         assert log[-1]["clients"][name]["heldout"] is None
-        assert log[-1]["clients"][name]["global_heldout"] is None
     assert log[-1]["heldout"] is None
     assert summary(folder)["gap"] is None
     assert "Epsilon: 7.99" in told(folder) or "Epsilon: 8" in told(folder)

@@ -16,12 +16,13 @@ from tiny import BAD, GOOD, logits, tokens, toy_rows, write_csv
 from transformers import AutoModelForSequenceClassification
 
 from fedlora.adapter import ClientState
-from fedlora.client import make_fit
+from fedlora.client import evaluation_rows, make_fit
 from fedlora.evaluate import evaluate
 from fedlora.model import load_adapter, write_adapter
 from fedlora.report import write_report
 from fedlora.rules import get_rule
 from fedlora.run import execute
+from fedlora.rundir import read_run
 from fedlora.runlog import read_config
 from fedlora.simulation import simulate
 
@@ -61,13 +62,21 @@ def test_the_last_line_of_the_log_is_what_the_saved_adapter_scores(place: Place)
     assert log[-1]["global"] == end["final"] == want.record()
     assert end["confusion"] == want.confusion.tolist()
     assert [record["global"]["examples"] for record in log] == [7, 7, 20]
+    rows = evaluation_rows(job.config, job.data, 2)
+    assert rows.size == 7
+    part = evaluate(job.model, job.data.evaluation, rows).record()
+    assert log[-1]["subset"] == pytest.approx(part)
+    assert [record["subset"] for record in log[:-1]] == [None, None]
     first = log[-1]["clients"]["0"]
+    assert first["evaluation"]["examples"] == 7
     shared = evaluate(job.model, job.data.train, job.data.heldout["0"])
-    assert first["global_heldout"] == shared.record()
+    assert log[-1]["heldout"]["clients"]["0"] == shared.record()
     assert first["examples"] == job.data.rows["0"].size
     assert first["steps"] == 3
-    losses = [client["train_loss"] for client in log[-1]["clients"].values()]
-    assert end["gap"] == pytest.approx(want.loss - sum(losses) / 3)
+    own = [(client["train_loss"], client["examples"]) for client in log[-1]["clients"].values()]
+    train = sum(loss * rows for loss, rows in own) / sum(rows for _, rows in own)
+    assert end["gap"] == pytest.approx(want.loss - train)
+    assert read_run(folder).gap == pytest.approx(end["gap"])
 
 
 def test_bytes_and_sizes_by_hand(place: Place) -> None:
@@ -176,9 +185,8 @@ def test_the_best_adapter_is_chosen_on_held_out_rows_alone(place: Place) -> None
     folder = place.run(run__save_best=True, run__rounds=6, **constant)
     log = records(folder)[1:]
     heldout = [
-        sum(c["global_heldout"]["accuracy"] * c["global_heldout"]["examples"] for c in own)
-        / sum(c["global_heldout"]["examples"] for c in own)
-        for own in (record["clients"].values() for record in log)
+        sum(c["accuracy"] * c["examples"] for c in own) / sum(c["examples"] for c in own)
+        for own in (record["heldout"]["clients"].values() for record in log)
     ]
     best = 1 + heldout.index(max(heldout))
     shared = [record["global"]["accuracy"] for record in log]

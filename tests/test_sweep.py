@@ -58,8 +58,7 @@ def said(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def by_hand(folder: Path) -> tuple[float, float]:
     """Accuracy and minus the loss over all clients' held-out rows after the last round."""
-    clients = records(folder)[-1]["clients"].values()
-    scores = [client["global_heldout"] for client in clients]
+    scores = records(folder)[-1]["heldout"]["clients"].values()
     rows = sum(score["examples"] for score in scores)
     hits = sum(score["accuracy"] * score["examples"] for score in scores)
     loss = sum(score["loss"] * score["examples"] for score in scores)

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from made_sweeps import ROUNDS, line, make_sweep, rising
+from made_sweeps import ROUNDS, heldout, line, make_sweep, rising
 from typer.testing import CliRunner
 
 from fedlora.cli import app
@@ -257,22 +257,15 @@ MODES = {"alone": "local", "pooled": "central"}
 def own_rows(found):
     """A finished run whose clients scored this on their own rows."""
     last = line(1, 0.5, clients=list(found))
-    for client, score in found.items():
-        last["clients"][client]["global_heldout"]["accuracy"] = score
-    return [line(0, 0.5), last]
+    return [line(0, 0.5), {**last, "heldout": heldout(found)}]
 
 
 def test_each_client_is_scored_on_its_own_rows_and_against_training_alone(tmp_path):
     """Client a gains 10 and 9 points: 9.5, its interval 12.706 standard errors of 0.5 wide."""
     methods = {method: {"run.mode": MODES.get(method, "federated")} for method in OWN}
-
-    def lines(method, case, seed):
-        last = own_rows(OWN[method][seed])
-        for client in last[1]["clients"].values() if method == "alone" else ():
-            client["heldout"], client["global_heldout"] = client["global_heldout"], None
-        return last
-
-    folder = make_sweep(tmp_path / "s", methods, lines, seeds=(0, 1))
+    folder = make_sweep(
+        tmp_path / "s", methods, lambda method, _, seed: own_rows(OWN[method][seed]), seeds=(0, 1)
+    )
     scores, gained = clients_tables(the_case(folder))
     assert scores.head == ["method", "mean of clients, %", "lowest", "highest", "a", "b"]
     assert [row[2:] for row in scores.rows] == [

@@ -21,8 +21,7 @@ Scores: TypeAlias = Mapping[int, Mapping[str, float]]  # seed -> client -> accur
 
 def own_scores(run: Run) -> dict[str, float]:
     """Accuracy after the last round, by client, on rows held out of the client's training."""
-    found = {client: own_heldout(own) for client, own in run.rounds[-1]["clients"].items()}
-    return {client: scores["accuracy"] for client, scores in found.items() if scores}
+    return {client: own["accuracy"] for client, own in own_heldout(run.rounds[-1]).items()}
 
 
 def clients_tables(case: Case) -> list[Table]:
@@ -53,7 +52,7 @@ def _scores(arm: Arm) -> Scores:
 def _names(arms: Sequence[Arm]) -> list[str]:
     """The clients of all runs but the pooled ones, numbers before names."""
     apart = [run for arm in arms if arm.mode != "central" for run in arm.all]
-    found = {client for run in apart for client in run.rounds[-1]["clients"]}
+    found = {client for run in apart for client in own_scores(run)}
     return sorted(found, key=by_number)
 
 

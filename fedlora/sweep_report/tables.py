@@ -118,7 +118,7 @@ def overfitting_table(case: Case) -> Table:
         rows.append([
             arm.method,
             with_half(estimate([_last(run.train_loss()) for run in arm.all]), 1.0, 3),
-            with_half(estimate([_last(run.evaluation("loss")) for run in arm.all]), 1.0, 3),
+            with_half(final(arm, "loss"), 1.0, 3),
             with_half(estimate([run.gap for run in arm.all]), 1.0, 3, sign="+"),
             plain(float(np.median([round for round, _ in best])), ".3g"),
             with_half(estimate([rise for _, rise in best]), 1.0, 3, sign="+"),

@@ -75,8 +75,8 @@ def subset_words(case: Case) -> list[str]:
         return words
     return [
         *words,
-        f"Before the last round accuracy and loss were measured on {max(early):,.0f} of the "
-        f"{max(whole):,.0f} evaluation rows, drawn once by each seed; the last round has them all.",
+        f"By round accuracy and loss were measured on {max(early):,.0f} of the {max(whole):,.0f} "
+        "evaluation rows, drawn once by each seed; final scores are on all of them.",
     ]
 
 
