@@ -18,7 +18,8 @@ def report(
         int, typer.Option("--rolling", min=1, help="Rounds in the rolling mean.")
     ] = 1,
     baseline: Annotated[
-        str, typer.Option(help="Of a sweep: compare to this method; else to fedavg, or the first.")
+        str,
+        typer.Option(help="Of a sweep: compare to this method or rule; else fedavg, or first."),
     ] = "",
     target: Annotated[
         float, typer.Option(help="Of a sweep: the accuracy to reach, as a share of the best one.")

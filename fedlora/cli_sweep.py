@@ -38,9 +38,11 @@ def sweep(
     planned = load_sweep(file, set or [], own_rule=import_own_rule)
     folder = out or Path("sweeps") / planned.name
     console.print(_planned(planned))
+    from fedlora.sweep import check_data, run_sweep
+
     if plan:
+        check_data(planned)
         return
-    from fedlora.sweep import run_sweep
 
     try:
         with _Bar(console) as bar:
@@ -95,19 +97,22 @@ def _planned(sweep: Sweep) -> Table:
     for method, case in sweep.groups:
         tuning = sweep.tuning_trials(method, case)
         runs = sweep.trials(method, case, sweep.sole_point(method))
-        steps = sum(_steps(trial) for trial in [*tuning, *runs])
-        table.add_row(method.name, case.name, str(len(tuning)), str(len(runs)), f"{steps:,}")
+        counted = [_steps(trial) for trial in [*tuning, *runs]]
+        steps = "-" if None in counted else f"{sum(filter(None, counted)):,}"
+        table.add_row(method.name, case.name, str(len(tuning)), str(len(runs)), steps)
     return table
 
 
-def _steps(trial: Trial) -> int:
-    """Optimiser steps of all clients that take part, where they are counted in steps.
+def _steps(trial: Trial) -> int | None:
+    """Optimiser steps of all clients that take part; None where they are counted in passes.
 
     Those of `central` are as many batches of a client's size as the clients would take.
     """
     from fedlora.settings import round_size
 
     run, client = trial.config.run, trial.config.client
+    if client.epochs:
+        return None
     clients = len(trial.config.data.clients) or trial.config.partition.clients
     if run.mode == "federated":
         clients = round_size(clients, trial.config.merge.participation)
@@ -133,5 +138,6 @@ def _show(console: Console, sweep: Sweep, folder: Path, outcomes: Sequence[Outco
     console.print(f"a row a run  {folder / RESULTS}", highlight=False, soft_wrap=True)
     console.print(f"report       fedlora report {folder}", highlight=False, soft_wrap=True)
     if failed := [outcome for outcome in outcomes if outcome.problem]:
-        sys.stderr.write(f"fedlora: {len(failed)} runs did not end: {failed[0].problem}\n")
+        last = {(one.trial.method, one.trial.case): one.problem for one in failed}
+        sys.stderr.write(f"fedlora: {len(failed)} runs did not end: {'; '.join(last.values())}\n")
         raise SystemExit(1)

@@ -18,7 +18,7 @@ from fedlora.privacy.ledger import LEDGERS, check_heads
 from fedlora.runlog import read_config, read_json
 
 CHECKPOINTS = "checkpoints"
-FREE = ("run.out",)  # may differ: says where, not what
+FREE = ("run.out", "run.name")  # may differ: say where and under which name, not what
 
 
 @dataclass(frozen=True, eq=False)

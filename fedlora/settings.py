@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from fedlora.rules import Option
 
+NO_EVALUATION = "none"  # data.evaluate where no shared set is wanted
+
 
 def setting(
     default: Any,
@@ -101,7 +103,7 @@ class DataSettings:
         {}, "one file per client instead: {hospital-a = 'a.csv', ...}"
     )
     evaluate: str = setting(
-        "", "shared evaluation set; empty: the built-in or hub set's own, else none"
+        "", "shared evaluation set; empty: the built-in or hub set's own, else none; none: none"
     )
     text: str = setting("", "column of the text; empty guesses among the usual names")
     pair: str = setting("", "column of the second text, for pairs")

@@ -9,6 +9,7 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -114,11 +115,24 @@ def centred(values: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Spearman's rank correlation and its two-sided p; NaN for under three pairs or no spread."""
+    """Spearman's rank correlation and its two-sided p; NaN for under three pairs or no spread.
+
+    p is the share of the orders of `y` that go with `x` as closely or more: of all of them up to
+    eight pairs, else of 20,000 drawn ones, the given one counted. It holds with ties, too.
+    """
     if len(x) < 3 or np.ptp(x) < NOISE or np.ptp(y) < NOISE:
         return math.nan, math.nan
-    rho, p = _scipy("stats").spearmanr(np.round(x, 12), np.round(y, 12))
-    return float(rho), float(p)
+    ranks = _scipy("stats").rankdata
+    first, second = (ranks(np.round(values, 12)) for values in (x, y))
+    first, second = first - first.mean(), second - second.mean()
+    scale = math.sqrt(float(first @ first) * float(second @ second))
+    if len(x) <= 8:
+        orders = np.array(list(permutations(second)))
+    else:
+        draw = np.random.default_rng(0)
+        orders = np.stack([second, *(draw.permutation(second) for _ in range(20_000))])
+    rho = float(first @ second) / scale
+    return rho, float(np.mean(np.abs(orders @ first) / scale >= abs(rho) - 1e-9))
 
 
 def _scipy(part: str) -> Any:

@@ -8,14 +8,15 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fedlora.config import FILE_RULE, Flat, make_config
+from fedlora.config import FILE_RULE, Config, Flat, make_config
+from fedlora.data import read_silos
 from fedlora.files import locked
 from fedlora.sweep_plan import Sweep, Trial
 from fedlora.sweepdir import (
@@ -46,12 +47,14 @@ def run_sweep(
 
     Where a grid is tuned, its trials run first, and the values with the best mean accuracy on
     held-out training rows (ties: the lower loss, then the earlier value) are taken for that method
-    and case. A run that fails is named and the others go on. Whatever interrupts a sweep, the same
-    call goes on with it and loses at most a round of each run; ChildProcessError where a run's
-    process was killed.
+    and case; a value that failed on any of them is out. A run that fails is named and the others go
+    on. Whatever interrupts a sweep, the same call goes on with it and loses at most a round of each
+    run: an OSError or MemoryError in a run, and ChildProcessError where its process was killed,
+    since these say nothing about its settings. ValueError, before anything runs, for bad data.
     Events: `plan` with the number of trials, `ended` for each (`known`: it was there already).
     """
     arrow()
+    check_data(sweep)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         return _run_planned(sweep, folder, jobs, watch)
@@ -65,41 +68,55 @@ def _run_planned(sweep: Sweep, folder: Path, jobs: int, watch: Watch) -> list[Ou
     outcomes = _run_all(first, folder, jobs, watch)
     failed = {outcome.trial.id for outcome in outcomes if outcome.problem}
     chosen = [
-        best_point([trial for trial in trials if trial.id not in failed], folder)
-        if trials
-        else sweep.sole_point(method)
+        best_point(trials, folder, failed) if trials else sweep.sole_point(method)
         for (method, _), trials in zip(sweep.groups, tuning, strict=True)
     ]
     last: list[Trial] = []
+    lost: list[Trial] = []
     for group, point in zip(sweep.groups, chosen, strict=True):
         if point is None:
             method, case = group
-            problem = f"every tuning run of {method.name!r} in case {case.name!r} failed"
-            lost = sweep.trials(*group, sweep.sole_point(method))
-            outcomes += [Outcome(trial, problem) for trial in lost]
+            problem = (
+                f"each value tried of {method.name!r} in case {case.name!r} failed in a tuning run"
+            )
+            trials = sweep.trials(*group, sweep.sole_point(method))
+            lost += [replace(trial, grid={}) for trial in trials]
+            outcomes += [Outcome(trial, problem) for trial in trials]
         else:
             last += sweep.trials(*group, point)
-    _write(sweep, folder, [*first, *last])
+    _write(sweep, folder, [*first, *last, *lost])
     outcomes += _run_all(last, folder, jobs, watch)
-    _write(sweep, folder, [*first, *last])
+    _write(sweep, folder, [*first, *last, *lost])
     return outcomes
 
 
-def best_point(trials: Sequence[Trial], folder: Path) -> Mapping[str, Any] | None:
-    """The grid's values with the best mean score over the tuning seeds; None where there are no
-    trials.
+def check_data(sweep: Sweep) -> None:
+    """Reads every data set that the sweep uses, once; ValueError or OSError for what is wrong."""
+    seen: dict[str, Config] = {}
+    for method, case in sweep.groups:
+        config = sweep.trials(method, case, sweep.sole_point(method))[0].config
+        seen.setdefault(repr((config.data, config.partition)), config)
+    for config in seen.values():
+        read_silos(config)
+
+
+def best_point(
+    trials: Sequence[Trial], folder: Path, failed: Collection[str] = ()
+) -> Mapping[str, Any] | None:
+    """The grid's values with the best mean score over the tuning seeds; None where there are none.
+
+    Values with a run among `failed` (ids) are out: those that it survived may be the easy seeds.
     """
-    points = list({str(trial.grid): trial.grid for trial in trials}.values())
-    if not points:
-        return None
+    out = [trial.grid for trial in trials if trial.id in failed]
+    points = {str(trial.grid): trial.grid for trial in trials if trial.grid not in out}.values()
 
     def score(point: Mapping[str, Any]) -> tuple[float, float]:
         scores = [heldout_score(run_path(folder, t.id)) for t in trials if t.grid == point]
         count = len(scores)
         accuracy = sum(s.accuracy for s in scores) / count
-        return accuracy, -sum(s.loss for s in scores) / count
+        return round(accuracy, 9), -sum(s.loss for s in scores) / count  # equal up to rounding: tie
 
-    return max(points, key=score)
+    return max(points, key=score, default=None)
 
 
 def _run_all(trials: Sequence[Trial], folder: Path, jobs: int, watch: Watch) -> list[Outcome]:
@@ -174,6 +191,8 @@ def _problem(future: Future[None]) -> str:
             "a run's process was killed, perhaps for memory: the same command goes on, with fewer "
             "--jobs if need be"
         )
+    if isinstance(error, OSError | MemoryError):  # nor does a full disk
+        raise error
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -15,13 +15,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from fedlora.config import Config, anchored, make_config, parse_overrides
+from fedlora.config import FILE_RULE, Config, anchored, make_config, parse_overrides
 from fedlora.hints import near
-from fedlora.settings import shares_metrics
+from fedlora.settings import NO_EVALUATION, shares_metrics
 
 KEYS = ("name", "seeds", "tune", "tune_seeds", "methods", "cases")
 TUNING = {  # held-out rows after the last round, and nothing else
-    "data.evaluate": "", "run.save_best": False,
+    "data.evaluate": NO_EVALUATION, "run.save_best": False,
     "evaluate.clients": False, "evaluate.every": 10**6, "evaluate.limit": 1,
 }  # fmt: skip
 NAMELESS = ("run.name", "run.out")  # what a run is called does not make it another run
@@ -177,7 +177,7 @@ def _variants(kind: str, entries: Any, tune: Sequence[str], folder: Path) -> lis
 
 def _expanded(entry: Mapping[str, Any], tune: Sequence[str], folder: Path) -> list[Variant]:
     """A method or case for every combination of its lists; lists of keys to tune stay a grid."""
-    flat = anchored(flattened({k: v for k, v in entry.items() if k != "name"}), folder)
+    flat = flattened({k: v for k, v in entry.items() if k != "name"})
     if "run.seed" in flat:
         raise ValueError("run.seed cannot be set in a method or case: list the seeds in [sweep]")
     axes = {key: value for key, value in flat.items() if _is_grid(key, value)}
@@ -189,8 +189,9 @@ def _expanded(entry: Mapping[str, Any], tune: Sequence[str], folder: Path) -> li
     variants = []
     for values in product(*crossed.values()):
         point = dict(zip(crossed, values, strict=True))
-        name = _name(str(entry.get("name", "")), {**fixed, **point}, point)
-        variants.append(Variant(name, {**fixed, **point}, grid))
+        told = {key: value for key, value in point.items() if len(crossed[key]) > 1}
+        name = _name(str(entry.get("name", "")), {**fixed, **point}, told)
+        variants.append(Variant(name, anchored({**fixed, **point}, folder), grid))
     return variants
 
 
@@ -198,7 +199,8 @@ def _name(given: str, settings: Mapping[str, Any], point: Mapping[str, Any]) -> 
     """The name that was given, else the rule or the mode; then what the point adds."""
     main = "" if given else next((key for key in ("merge.rule", "run.mode") if key in settings), "")
     more = [f"{key.rpartition('.')[2]} {value}" for key, value in point.items() if key != main]
-    return ", ".join(word for word in [given or str(settings.get(main, "")), *more] if word)
+    own = str(settings.get(main, "")).rpartition(FILE_RULE)[2]  # a file's rule: its name
+    return ", ".join(word for word in [given or own, *more] if word)
 
 
 def _is_grid(key: str, value: Any) -> bool:

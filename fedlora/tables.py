@@ -16,7 +16,7 @@ from typing import Any
 from fedlora import builtin
 from fedlora.config import LOCAL_ENDINGS
 from fedlora.hints import near
-from fedlora.settings import DataSettings
+from fedlora.settings import NO_EVALUATION, DataSettings
 
 REVIEWS = "builtin:reviews"
 REVIEWS_TRAIN, REVIEWS_EVALUATE = 1500, 600  # rows of the built-in task
@@ -81,6 +81,8 @@ def read_unlabelled(source: str, settings: DataSettings) -> tuple[list[str], lis
 
 def evaluation_source(settings: DataSettings) -> str:
     """Where the shared evaluation set is: as configured, else the training set's own."""
+    if settings.evaluate == NO_EVALUATION:
+        return ""
     if settings.evaluate or settings.clients:
         return settings.evaluate
     if settings.train == REVIEWS:

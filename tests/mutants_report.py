@@ -41,6 +41,23 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "fixed = {arm.method: [setting(arm.all[0], key) for key in METHODS] for arm in arms}",
      "fixed = {arm.method: [] for arm in arms}",
      "another rule with the same settings passes for another setting", "sweep_report"),
+    ("survivors-are-chosen", "sweep.py", "if trial.grid not in out}.values()", "}.values()",
+     "a rate that failed on a tuning seed is judged by the others", "sweep"),
+    ("ties-by-the-last-bit", "sweep.py", "return round(accuracy, 9),", "return accuracy,",
+     "rounding chooses the rate", "sweep"),
+    ("a-full-disk-is-a-result", "sweep.py", "if isinstance(error, OSError | MemoryError):",
+     "if False:", "a rate is lost to a full disk", "sweep"),
+    ("bad-data-run-by-run", "sweep.py", "    check_data(sweep)\n    folder", "    folder",
+     "every run fails with the same line", "sweep"),
+    ("a-name-makes-another-run", "resume.py", 'FREE = ("run.out", "run.name")',
+     'FREE = ("run.out",)', "a renamed sweep cannot go on", "sweep"),
+    ("tuning-reads-the-evaluation-set", "sweep_plan.py", '"data.evaluate": NO_EVALUATION,',
+     '"data.evaluate": "",', "that of built-in and hub data", "sweep_plan"),
+    ("last-error-for-all", "sweep_report/findings.py", "max(float(known.mean()), EXACT)",
+     "max(float(known[-1]), EXACT)", "a hybrid passes for exact", "sweep_report"),
+    ("curves-on-two-sets", "rundir.py", 'for key in ("subset", "global", "personal")',
+     'for key in ("global", "global", "personal")', "a change of rows passes for one of the model",
+     "run"),
 ]]
 # fmt: on
 

@@ -203,8 +203,14 @@ def test_the_best_adapter_is_judged_on_the_held_out_rows_of_all_clients(place: P
     folder = execute(job)
     write_adapter(job.model, load_adapter(job.model, folder / "best"))
     rows = np.concatenate(list(job.data.heldout.values()))
-    want = evaluate(job.model, job.data.train, rows).accuracy
-    assert summary(folder)["best"]["heldout_accuracy"] == pytest.approx(want)
+    want = evaluate(job.model, job.data.train, rows)
+    assert summary(folder)["best"]["heldout_accuracy"] == pytest.approx(want.accuracy)
+    last = records(folder)[-1]
+    assert set(last["clients"]) < set(last["heldout"]["clients"]) == set(job.data.heldout)
+    write_adapter(job.model, load_adapter(job.model, folder / "adapter"))
+    want = evaluate(job.model, job.data.train, rows)
+    found = (last["heldout"]["accuracy"], last["heldout"]["loss"])
+    assert found == pytest.approx((want.accuracy, want.loss))
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from fedlora.significance import (
@@ -102,11 +103,18 @@ def test_values_are_centred_within_their_group():
 
 
 def test_rank_correlation_sees_order_alone():
+    spearmanr = pytest.importorskip("scipy.stats").spearmanr
     rho, p = rank_correlation([1.0, 2.0, 3.0, 4.0], [1.0, 10.0, 100.0, 1000.0])
     assert rho == pytest.approx(1.0)
-    assert p == pytest.approx(0.0, abs=1e-12)
+    assert p == pytest.approx(2 / 24)  # of the orders of four only this one and its reverse
     rho, _ = rank_correlation([1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 4.0, 3.0])  # 1 - 6 * 4 / (4 * 15)
     assert rho == pytest.approx(0.6)
+    tied = rank_correlation([1.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0])
+    assert tied[0] == pytest.approx(spearmanr([1.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0])[0])
+    assert tied[1] == pytest.approx(4 / 24)  # the two that are level may change places
+    x, y = np.random.default_rng(5).normal(size=(2, 12))
+    found = rank_correlation(x.tolist(), (x + y).tolist())
+    assert found == pytest.approx(tuple(spearmanr(x, x + y)), abs=0.01)
     assert all(math.isnan(value) for value in rank_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]))
     assert all(math.isnan(value) for value in rank_correlation([1.0, 2.0], [1.0, 2.0]))
 

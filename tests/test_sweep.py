@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
 from pathlib import Path
 
 import pyarrow.parquet
@@ -16,10 +17,11 @@ from bench import adapter_bytes, records
 from tiny import toy_config, toy_rows, write_csv
 
 from fedlora.config import make_config
+from fedlora.resume import refuse_changes
 from fedlora.run import execute, prepare
-from fedlora.sweep import best_point
-from fedlora.sweep_plan import load_sweep
-from fedlora.sweepdir import heldout_score, is_finished, read_sweep, run_path
+from fedlora.sweep import _problem, best_point
+from fedlora.sweep_plan import Trial, load_sweep
+from fedlora.sweepdir import Score, heldout_score, is_finished, read_sweep, run_path
 
 pytest_plugins = ["tiny"]
 pytestmark = pytest.mark.slow
@@ -161,6 +163,18 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(file: Path, tmp_path: Pa
     assert not any(is_finished(run_path(out, e.id)) for e in found.entries if e.method == "fra")
 
 
+def test_a_method_whose_tuning_failed_stays_in_the_plan(file: Path, tmp_path: Path) -> None:
+    file.write_text(file.read_text().replace("[1e-5, 3e-2]", "[1e29, 1e30]"))
+    out = tmp_path / "sweep"
+    done = said(file, "--out", out)
+    assert "each value tried of 'fra' in case '' failed in a tuning run" in done.stderr
+    found = read_sweep(out)
+    assert [(e.tuning, e.seed) for e in found.entries if e.method == "fra"] == [
+        (True, 1000), (True, 1000), (False, 0), (False, 1),
+    ]  # fmt: skip
+    assert found.chosen("fra", "") == {}
+
+
 def test_the_plan_is_shown_without_running(file: Path, tmp_path: Path) -> None:
     done = said(file, "--out", tmp_path / "sweep", "--plan")
     assert done.returncode == 0
@@ -169,9 +183,9 @@ def test_the_plan_is_shown_without_running(file: Path, tmp_path: Path) -> None:
 
 
 def test_the_plan_counts_the_steps_of_the_clients_that_take_part(tmp_path: Path) -> None:
-    file = tmp_path / "few.toml"
+    file, rows = tmp_path / "few.toml", write_csv(tmp_path / "rows.csv", toy_rows(2000))
     file.write_text(
-        "[run]\nrounds = 3\n[data]\ntrain = 'no.csv'\n[partition]\nclients = 50\n"
+        f"[run]\nrounds = 3\n[data]\ntrain = '{rows}'\n[partition]\nclients = 50\n"
         "[client]\nsteps = 2\n[merge]\nparticipation = 0.2\n[sweep]\nseeds = 4\n"
         "[[sweep.methods]]\nmerge.rule = 'fra'\n[[sweep.methods]]\nrun.mode = 'local'\n"
     )
@@ -180,7 +194,70 @@ def test_the_plan_counts_the_steps_of_the_clients_that_take_part(tmp_path: Path)
     (local,) = [line.split() for line in done.stdout.splitlines() if line.startswith("local")]
     assert fra == ["fra", "0", "4", "240"]
     assert local == ["local", "0", "4", "1,200"]
+    done = said(file, "--plan", "--set", "client.epochs=1")
+    (fra,) = [line.split() for line in done.stdout.splitlines() if line.startswith("fra")]
+    assert fra == ["fra", "0", "4", "-"]
 
 
-def test_where_all_trials_failed_nothing_is_chosen(tmp_path: Path) -> None:
-    assert best_point([], tmp_path) is None
+@pytest.mark.parametrize("plan", [["--plan"], []])
+def test_bad_data_is_told_once_before_anything_runs(
+    file: Path, tmp_path: Path, plan: list[str]
+) -> None:
+    with (tmp_path / "rows.csv").open("a") as stream:
+        stream.write("a text,unheard of\n")
+    text = file.read_text().replace("labels = []", "labels = ['neg', 'pos']")
+    file.write_text(text)
+    done = said(file, "--out", tmp_path / "sweep", *plan)
+    assert done.returncode == 2
+    assert done.stderr.count("unheard of") == 1
+    assert not (tmp_path / "sweep").exists()
+
+
+TRIED = {  # learning rate -> held-out accuracy and loss on three tuning seeds
+    1e-3: [(0.80, 0.5), (0.80, 0.5), (0.83, 0.5)],
+    2e-3: [(0.81, 0.4), (0.82, 0.4), (0.80, 0.4)],  # the same mean, another last bit
+    3e-3: [(0.99, 0.1), (0.99, 0.1), (0.99, 0.1)],
+}
+
+
+def chosen(failed: Collection[tuple[float, int]], monkeypatch: pytest.MonkeyPatch) -> object:
+    """The rate that is chosen where these (rate, seed) have failed."""
+    flat = {"run.rounds": 1}
+    trials = [
+        Trial("fra", "", seed, make_config({**flat, "client.lr": lr, "run.seed": seed}),
+              {"client.lr": lr}, {}, tuning=True)
+        for lr in TRIED for seed in range(3)
+    ]  # fmt: skip
+    scores = {t.id: Score(*TRIED[t.grid["client.lr"]][t.seed]) for t in trials}
+    monkeypatch.setattr("fedlora.sweep.heldout_score", lambda path: scores[path.name])
+    point = best_point(
+        trials, Path(), {t.id for t in trials if (t.grid["client.lr"], t.seed) in failed}
+    )
+    return point and point["client.lr"]
+
+
+def test_a_value_that_failed_on_a_tuning_seed_is_not_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert chosen([], monkeypatch) == 3e-3
+    assert chosen([(3e-3, 1)], monkeypatch) == 2e-3
+    assert chosen([(lr, 0) for lr in TRIED], monkeypatch) is None
+
+
+def test_equal_means_are_a_tie_and_the_lower_loss_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sum(a for a, _ in TRIED[1e-3]) != sum(a for a, _ in TRIED[2e-3])
+    assert chosen([(3e-3, 0)], monkeypatch) == 2e-3
+
+
+def test_a_renamed_method_goes_on_with_its_stopped_runs() -> None:
+    config = make_config({"run.name": "old"})
+    refuse_changes(Path("run"), config, make_config({"run.name": "new", "run.out": "there"}))
+    with pytest.raises(ValueError, match=r"client\.lr"):
+        refuse_changes(Path("run"), config, make_config({"client.lr": 2e-3}))
+
+
+def test_a_full_disk_is_no_result_of_a_run() -> None:
+    future: Future[None] = Future()
+    future.set_exception(OSError(28, "No space left on device"))
+    with pytest.raises(OSError, match="No space left"):
+        _problem(future)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fedlora.config import make_config
+from fedlora.config import Config, make_config
 from fedlora.sweep_plan import Sweep, Trial, load_sweep
+from fedlora.tables import evaluation_source
 
 METHODS = """
 [[sweep.methods]]
@@ -38,7 +40,9 @@ def test_lists_are_crossed_but_for_the_keys_that_are_tuned(tmp_path: Path) -> No
     assert [trial.grid for trial in tuning] == [{"client.lr": lr} for lr in (1e-3, 2e-3, 4e-3)]
     assert {trial.seed for trial in tuning} == {1000}
     assert all(not trial.config.evaluate.clients and trial.tuning for trial in tuning)
-    assert {trial.config.data.evaluate for trial in tuning} == {""}  # it is not even read
+    (source,) = {trial.config.data.evaluate for trial in tuning}
+    assert evaluation_source(replace(tuning[0].config.data, train="builtin:reviews")) == ""
+    assert source == "none"  # it is not even read, and nor is one that comes with the training set
     counted = sweep.trials(fra, case, {"client.lr": 2e-3})
     assert [(t.seed, t.config.run.seed, t.config.client.lr) for t in counted] == [
         (0, 0, 2e-3), (1, 1, 2e-3)
@@ -55,6 +59,23 @@ def test_without_tuning_every_value_is_a_method(tmp_path: Path) -> None:
     names = [method.name for method in sweep.methods]
     assert names[:2] == ["fra, lr 0.001", "fra, lr 0.002"]
     assert len(names) == 7
+
+
+def test_a_name_tells_what_varies_and_rule_files_may_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedlora.sweep_plan.make_config", lambda flat: Config())  # runs no file
+    text = "[sweep]\n[[sweep.methods]]\nmerge.rule = ['fra', './m.py:median']\nclient.lr = [1e-3]"
+    sweep = read(tmp_path, text)
+    assert [method.name for method in sweep.methods] == ["fra", "median"]
+    assert sweep.methods[1].settings["merge.rule"] == f"{tmp_path / 'm.py'}:median"
+
+
+def test_cases_of_other_files_are_meant_from_the_sweeps_folder(tmp_path: Path) -> None:
+    sweep = read(tmp_path, "[sweep]\n[[sweep.cases]]\ndata.train = ['a.csv', 'b.csv']" + METHODS)
+    assert [case.settings["data.train"] for case in sweep.cases] == [
+        str(tmp_path / "a.csv"), str(tmp_path / "b.csv")
+    ]  # fmt: skip
 
 
 def test_a_setting_that_is_a_list_is_a_grid_only_as_a_list_of_lists(tmp_path: Path) -> None:

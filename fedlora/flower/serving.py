@@ -26,6 +26,7 @@ from fedlora.resume import Resumed, find
 from fedlora.rules import get_rule
 from fedlora.runlog import check_new
 from fedlora.server import rehearse
+from fedlora.settings import NO_EVALUATION
 from fedlora.tables import label_ids, read_table
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def _job(config: Config, resumed: Resumed | None) -> tuple[Job, str]:
     model, start, base = load_shared(config, labels)
     rehearse(get_rule(config.merge.rule, **config.merge.options), start)
     source = config.data.evaluate
-    if source:
+    if source and source != NO_EVALUATION:
         table = read_table(source, config.data)
         examples = encode(table, label_ids(table, labels), model.tokenizer, config.data.max_length)
         data = Data(examples, {}, {}, examples, np.arange(len(examples)))

@@ -190,7 +190,7 @@ def _draw_shares(ax: Axes, own: Mapping[str, Curve]) -> None:
     base = np.zeros(len(rounds))
     for part, one in own.items():
         value = one.mean[np.isin(one.x, rounds)]
-        ax.fill_between(rounds, base, base + value, **_fill(part))
+        ax.fill_between(rounds, base, base + value, step="mid", **_fill(part))
         base = base + value
     ax.set_ylim(0, 1)
 

@@ -19,7 +19,10 @@ from fedlora.sweepdir import Entry, SweepRuns, heldout_score
 
 @dataclass(frozen=True)
 class Tried:
-    """A tuning run: its values of the tuned settings, and its accuracy on held-out rows."""
+    """A tuning run: its values of the tuned settings, and its accuracy on held-out rows.
+
+    The accuracy is NaN where the run has not ended or scored none.
+    """
 
     grid: Mapping[str, Any]
     seed: int
@@ -140,7 +143,7 @@ def _arm(sweep: SweepRuns, case: str, method: str, mode: str, index: int) -> Arm
         mode,
         {entry.seed: sweep.runs[entry.id] for entry in counted if entry.id in sweep.runs},
         sorted(entry.seed for entry in counted),
-        [_tried(sweep, entry) for entry in entries if entry.tuning and entry.id in sweep.runs],
+        [_tried(sweep, entry) for entry in entries if entry.tuning],
         sweep.chosen(method, case),
     )
 
@@ -148,7 +151,7 @@ def _arm(sweep: SweepRuns, case: str, method: str, mode: str, index: int) -> Arm
 def _tried(sweep: SweepRuns, entry: Entry) -> Tried:
     try:
         accuracy = heldout_score(sweep.runs[entry.id].path).accuracy
-    except ValueError:  # it scored no held-out rows
+    except (KeyError, ValueError):  # it has not ended, or scored no held-out rows
         accuracy = math.nan
     return Tried(entry.grid, entry.seed, accuracy)
 

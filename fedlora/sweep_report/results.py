@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from fedlora.canvas import GREY, Axes
 from fedlora.rundir import EXACT, number
 from fedlora.significance import estimate
@@ -22,7 +24,7 @@ from fedlora.sweep_report.drawing import (
     percent_axis,
     row_height,
 )
-from fedlora.sweep_report.findings import Versus, final, merge_error
+from fedlora.sweep_report.findings import Versus, final, mean_error
 
 
 def final_picture(case: Case, baseline: str, versus: Sequence[Versus]) -> Picture:
@@ -51,7 +53,8 @@ def final_picture(case: Case, baseline: str, versus: Sequence[Versus]) -> Pictur
         f"After the last round, on the shared evaluation set. Marks are means over seeds "
         f"({seed_span([len(arm.runs) for arm in arms])}), bars 95 % intervals (Student's t), small "
         "dots the seeds. The paired interval is the one to look at: methods share a seed's data, "
-        "so its ups and downs cancel."
+        "so its ups and downs cancel. Each is for one comparison alone; with so many of them one "
+        "may miss 0 by chance, which p (Holm) in the table allows for."
     )
     return Picture(
         f"{case.slug}-final", f"Final accuracy, {case.title}", caption, panels,
@@ -145,7 +148,7 @@ def tried_scores(tried: Sequence[Tried], key: str) -> dict[Any, float]:
     for grid, scores in points.values():
         mean = sum(scores) / len(scores)
         value = grid[key] if isinstance(grid[key], int | float | str) else str(grid[key])
-        best[value] = mean if value not in best else max(best[value], mean)
+        best[value] = float(np.fmax(best.get(value, math.nan), mean))
     return best
 
 
@@ -177,22 +180,22 @@ def _draw_tuning(ax: Axes, arms: Sequence[Arm], key: str) -> None:
 
 
 def exactness_picture(cases: Sequence[Case]) -> Picture:
-    """Final merge error against final accuracy, one mark a run, a panel for each case."""
+    """Mean merge error against final accuracy, one mark a run, a panel for each case."""
 
     def panel(case: Case) -> Panel:
         def draw(ax: Axes) -> None:
-            for arm in case.there:
-                points = _points(arm)
-                if points:
-                    x, y = zip(*points, strict=True)
-                    ax.plot(
-                        x, y, **(arm_style(arm) | {"linestyle": "", "markersize": 6, "alpha": 0.85})
-                    )
+            merged = [arm for arm in case.there if _points(arm)]
+            for place, arm in enumerate(merged):
+                errors, scores = np.array(_points(arm)).T
+                if errors.max() <= EXACT:  # side by side in the strip, not one upon the other
+                    errors = errors * 4 ** ((place + 0.5) / len(merged) - 0.5)
+                look = {"linestyle": "", "markersize": 6, "alpha": 0.85}
+                ax.plot(errors, scores, **(arm_style(arm) | look))
             ax.set_xscale("log")
             ax.axvspan(EXACT * 0.5, EXACT * 2, color=GREY, alpha=0.12, linewidth=0)
             ax.margins(x=0.08)
             percent_axis(ax)
-            label_axes(ax, "merge error in the last round", "final accuracy")
+            label_axes(ax, "merge error, mean over rounds", "final accuracy")
 
         return Panel(case.title, draw)
 
@@ -202,8 +205,8 @@ def exactness_picture(cases: Sequence[Case]) -> Picture:
     )
     caption = (
         "One mark a run. Merge error: distance of the merged adapter from the mean of the clients' "
-        f"increments, relative to it, in the last round; runs at or below {EXACT:.0e}, which is "
-        "the rounding of float32, stand in the shaded strip as exact."
+        f"increments, relative to it, mean over the rounds; runs at or below {EXACT:.0e}, which is "
+        "the rounding of float32, stand side by side in the shaded strip as exact."
     )
     return Picture(
         "exactness", "Does an exact merge mean a better model?", caption,
@@ -213,5 +216,5 @@ def exactness_picture(cases: Sequence[Case]) -> Picture:
 
 
 def _points(arm: Arm) -> list[tuple[float, float]]:
-    found = [(merge_error(arm.runs[seed]), value) for seed, value in arm.finals().items()]
-    return [(max(error, EXACT), value) for error, value in found if math.isfinite(error)]
+    found = [(mean_error(arm.runs[seed]), value) for seed, value in arm.finals().items()]
+    return [point for point in found if math.isfinite(point[0])]

@@ -28,6 +28,20 @@ from fedlora.sweep_report.findings import (
 from fedlora.sweep_report.results import sent, server_milliseconds
 
 ALONE = "one seed has no interval"
+ROUNDING = 1e-9
+MEANINGS = {  # of the budget's columns, in short; docs/budget.md has the formulas
+    "wanted": "the increment that the merge was to reach",
+    "update": "what clients changed, their mean",
+    "drift": "how far clients are apart",
+    "cross": "what averaging A and B apart would lose",
+    "tail": "what the model lacks after the merge",
+    "folded": "what was folded into the model",
+    "carried": "what the next round is owed",
+    "new": "of the update, directions that the last A did not have",
+    "new_drift": "the same of the drift",
+    "effective_rank": "of the merged increment",
+    "noise": "noise of client-level privacy",
+}
 
 
 def final_table(case: Case) -> Table:
@@ -211,8 +225,9 @@ def budget_table(case: Case) -> Table | None:
     ]
     head = ["method", *(name.replace("_", " ") for name in names)]
     notes = [
-        "Norms over all layers (to be compared with `wanted`), of ranks and angles (degrees) the "
-        "mean over layers; means over seeds."
+        "Norms over all layers, to be compared with the wanted one; of ranks and angles (degrees, "
+        "to the last round's subspace) the mean over layers; means over seeds.",
+        "; ".join(f"{n.replace('_', ' ')}: {MEANINGS[n]}" for n in names if n in MEANINGS) + ".",
     ]
     return Table("Error budget in the last round", head, rows, notes)
 
@@ -235,6 +250,8 @@ def ever(number: float, pattern: str) -> str:
 
 def value(setting: Any) -> str:
     """A setting's value as in a config, short."""
+    if setting is None:
+        return "default"
     text = f"{setting:g}" if isinstance(setting, float) else str(setting)
     return text if len(text) <= 40 else f"{text[:39]}…"
 
@@ -266,7 +283,9 @@ def _error(error: float) -> str:
 
 
 def _short_number(values: Sequence[float]) -> str:
-    return plain(estimate(values).mean, ".3g")
+    """The mean to three digits; what is rounding of float64 is nothing."""
+    mean = estimate(values).mean
+    return "0" if abs(mean) < ROUNDING else plain(mean, ".3g")
 
 
 def _at_edge(chosen: Any, values: Sequence[Any]) -> bool:

@@ -60,6 +60,11 @@ def gaps(cases: Sequence[Case]) -> list[str]:
                 lost = ", ".join(str(seed) for seed in arm.missing)
                 there = f"{len(arm.runs)} of {len(arm.planned)} runs are there"
                 lines.append(f"{where}: {there}; missing: seed {lost}.")
+            if failed := [one for one in arm.tried if math.isnan(one.accuracy)]:
+                lines.append(
+                    f"{where}: {len(failed)} of {len(arm.tried)} tuning runs have no score; what "
+                    "was tried in them is not chosen."
+                )
     return lines
 
 
@@ -108,7 +113,9 @@ def _verdict(one: Versus) -> str:
         return f"with {seeds(one.paired.n)} in common this decides nothing"
     if math.isnan(one.corrected):
         return "the pairs do not vary, so no test can be made"
-    return "beyond the noise of the seeds" if one.beyond_noise else "within the noise of the seeds"
+    if one.beyond_noise:
+        return "beyond the noise of the seeds"
+    return "not told from the noise of the seeds, all comparisons allowed for"
 
 
 def _against(name: str, baseline: str, one: Versus) -> str:
@@ -157,7 +164,8 @@ def _tied(case: Case, tie: Tie) -> str:
         return f"{lead}merge error or accuracy does not vary: nothing to correlate."
     text = (
         f"{lead}over {tie.runs} runs of {tie.methods} methods Spearman's correlation of merge "
-        f"error with final accuracy, each seed's mean taken off, is {tie.rho:+.2f}"
+        "error (mean over rounds) with final accuracy, each seed's mean taken off, is "
+        f"{tie.rho:+.2f}"
     )
     if tie.methods < FEW or math.isnan(tie.p_methods):
         return f"{text}; {tie.methods} methods are too few to say more."

@@ -81,14 +81,17 @@ def sweep_report(folder: Path, out: Path | None = None, choices: Choices | None 
 
 def _baseline(sweep: SweepRuns, chosen: Choices) -> str:
     names = method_names(sweep)
-    if chosen.baseline and chosen.baseline not in names:
+    rules = {entry.method: entry.varied.get("merge.rule") for entry in sweep.entries}
+    wanted = chosen.baseline or "fedavg"
+    same = [name for name in names if name == wanted] or [n for n in names if rules[n] == wanted]
+    if chosen.baseline and len(same) != 1:
         hint = near(chosen.baseline, names)
-        raise ValueError(
-            f"the sweep has no method {chosen.baseline!r}{hint}; it has {', '.join(names)}"
-        )
+        quoted = ", ".join(map(repr, same or names))
+        count = "several methods" if same else "no method"
+        raise ValueError(f"the sweep has {count} {chosen.baseline!r}{hint}; it has {quoted}")
     if not 0 < chosen.target <= 1:
         raise ValueError(f"target must be a share above 0, at most 1, got {chosen.target:g}")
-    return chosen.baseline or ("fedavg" if "fedavg" in names else names[0])
+    return (same or names)[0]
 
 
 def _summary(cases: Sequence[Case], baseline: str, chosen: Choices) -> list[str]:
