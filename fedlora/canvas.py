@@ -6,6 +6,7 @@ Never touches pyplot's global state; matplotlib is imported when a sheet is made
 from __future__ import annotations
 
 import io
+import textwrap
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -61,6 +62,12 @@ def line_style(index: int) -> Style:
 def short(text: str, room: int) -> str:
     """`text` cut to `room` characters; a dollar sign would start a formula in matplotlib."""
     return (text if len(text) <= room else text[: room - 1] + "…").replace("$", r"\$")
+
+
+def wrapped(text: str, room: int) -> str:
+    """`text` on one line or two of at most `room` characters, cut where that is not enough."""
+    first, *rest = textwrap.wrap(text, room) or [""]
+    return "\n".join(short(line, room) for line in [first, " ".join(rest)] if line)
 
 
 def render(figure: Figure, kind: str) -> bytes:

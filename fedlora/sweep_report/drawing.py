@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlora.canvas import BLACK, GREY, Axes, Style, line_style, short
+from fedlora.canvas import BLACK, GREY, Axes, Style, line_style, wrapped
 from fedlora.rundir import Array
 from fedlora.sweep_report.cases import Arm, Case
 from fedlora.sweep_report.curves import Curve
@@ -72,9 +72,10 @@ def percent_axis(ax: Axes, along: str = "y") -> None:
 
 
 def method_rows(ax: Axes, arms: Sequence[Arm]) -> Array:
-    """One row a method, the first on top, with its name; returns their heights."""
+    """One row a method, the first on top, its name on up to two lines; returns their heights."""
     places = np.arange(len(arms), dtype=np.float64)
-    ax.set_yticks(places, [short(arm.method, 24) for arm in arms])
+    look = {"linespacing": 0.95, "fontsize": 8.5}
+    ax.set_yticks(places, [wrapped(arm.method, 19) for arm in arms], **look)
     ax.set_ylim(len(arms) - 0.4, -0.6)
     ax.grid(visible=False, axis="y")
     ax.tick_params(axis="y", length=0)

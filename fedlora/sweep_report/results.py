@@ -184,11 +184,11 @@ def exactness_picture(cases: Sequence[Case]) -> Picture:
 
     def panel(case: Case) -> Panel:
         def draw(ax: Axes) -> None:
-            merged = [arm for arm in case.there if _points(arm)]
-            for place, arm in enumerate(merged):
-                errors, scores = np.array(_points(arm)).T
-                if errors.max() <= EXACT:  # side by side in the strip, not one upon the other
-                    errors = errors * 4 ** ((place + 0.5) / len(merged) - 0.5)
+            merged = [(arm, *np.array(_points(arm)).T) for arm in case.there if _points(arm)]
+            exact = [arm for arm, errors, _ in merged if errors.max() <= EXACT]
+            for arm, errors, scores in merged:
+                if arm in exact:  # side by side in the strip, not one upon the other
+                    errors = errors * 4 ** ((exact.index(arm) + 0.5) / len(exact) - 0.5)
                 look = {"linestyle": "", "markersize": 6, "alpha": 0.85}
                 ax.plot(errors, scores, **(arm_style(arm) | look))
             ax.set_xscale("log")
