@@ -80,15 +80,7 @@ class Model:
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by the names of `adapter.flatten`, sorted."""
-        found: dict[str, nn.Parameter] = {}
-        for path, module in self.network.base_model.model.named_modules():
-            if isinstance(module, LoraLayer):
-                found[f"{path}.lora_A"] = module.lora_A["default"].weight
-                found[f"{path}.lora_B"] = module.lora_B["default"].weight
-            elif isinstance(module, ModulesToSaveWrapper):
-                saved = module.modules_to_save["default"].named_parameters()
-                found |= {f"{path}.{name}": parameter for name, parameter in saved}
-        return dict(sorted(found.items()))
+        return _own_parameters(self.network)
 
     @property
     def scalings(self) -> dict[str, float]:
@@ -106,6 +98,7 @@ def load_model(
 ) -> Model:
     """Loads base and tokenizer and adds a seeded LoRA adapter (B = 0; head as loaded, else drawn).
 
+    `precision` is that of the frozen weights alone: adapter, head and buffers are float32.
     ValueError for a model that is not to be had, has no pad token, no module of a wanted name, a
     layer smaller than the rank, or a head made for another number of labels.
     """
@@ -120,10 +113,8 @@ def load_model(
         tokenizer = load_tokenizer(settings, source, base.get_input_embeddings().num_embeddings)
         base.config.pad_token_id = tokenizer.pad_token_id
         network = _add_lora(base, settings, drawn)
-    network.to(device=place, dtype=dtype)
+    _place(network, place, dtype)
     model = Model(network, tokenizer, tuple(labels), place, dtype, settings)
-    for parameter in model.parameters.values():
-        parameter.data = parameter.data.float()
     for path, layer in model.lora_layers.items():
         layer.register_forward_hook(partial(_add_frozen, model.frozen, path))
     train_only(model, frozenset())
@@ -265,6 +256,31 @@ def base_count(model: Model) -> int:
     """How many numbers the base model has, without adapter and head."""
     own = {id(parameter) for parameter in model.parameters.values()}
     return sum(p.numel() for p in model.network.parameters() if id(p) not in own)
+
+
+def _own_parameters(network: PeftModel) -> dict[str, nn.Parameter]:
+    found: dict[str, nn.Parameter] = {}
+    for path, module in network.base_model.model.named_modules():
+        if isinstance(module, LoraLayer):
+            found[f"{path}.lora_A"] = module.lora_A["default"].weight
+            found[f"{path}.lora_B"] = module.lora_B["default"].weight
+        elif isinstance(module, ModulesToSaveWrapper):
+            saved = module.modules_to_save["default"].named_parameters()
+            found |= {f"{path}.{name}": parameter for name, parameter in saved}
+    return dict(sorted(found.items()))
+
+
+def _place(network: PeftModel, place: torch.device, dtype: torch.dtype) -> None:
+    """Casts the base's parameters and moves all; adapter, head and buffers stay float32.
+
+    Buffers are tables, such as the frequencies of rotary positions: transformers does not cast them
+    either. The cast comes first, so that the device never holds the base in float32.
+    """
+    own = {id(parameter) for parameter in _own_parameters(network).values()}
+    for parameter in network.parameters():
+        if id(parameter) not in own and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    network.to(place)
 
 
 def _add_frozen(

@@ -23,6 +23,12 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      'with torch.random.fork_rng(devices=[]):\n        torch.manual_seed(derive(seed, "init"))',
      'if True:\n        torch.manual_seed(derive(seed, "init"))',
      "loading a model shifts everybody's random numbers", "model"),
+    ("adapter-rounded", "model.py", "if id(parameter) not in own and parameter.is_floating",
+     "if parameter.is_floating", "adapter and head begin with the digits of bfloat16", "model"),
+    ("buffers-cast", "model.py", "    network.to(place)\n",
+     "    network.to(place)\n    for buffer in network.buffers():\n"
+     "        if buffer.is_floating_point():\n            buffer.data = buffer.data.to(dtype)\n",
+     "rotary positions in bfloat16: a Llama that nobody else has", "model"),
     ("unchecked-write", "model.py",
      "check_fits(model, adapter)\n    layers = {", "layers = {",
      "NaN and missing tensors go in, as with set_peft_model_state_dict", "model"),

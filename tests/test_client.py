@@ -13,7 +13,7 @@ import pytest
 import torch
 from bench import ALL, Bench, plan_of
 from conftest import same_adapters
-from tiny import drawn_like
+from tiny import drawn_like, load_tiny
 from torch import Tensor
 
 from fedlora.adapter import PARTS, Adapter, ClientState, Part, flatten, overlay
@@ -268,16 +268,14 @@ def test_weights_that_diverge_in_the_last_step_name_the_client(tiny: Tiny, tmp_p
         bench.fit("1")
 
 
-def test_a_bfloat16_base_trains_a_float32_adapter(tiny: Tiny, tmp_path: Path) -> None:
-    bench = Bench(tiny("bert"), tmp_path)
-    bench.model.network.to(torch.bfloat16)
-    for parameter in bench.model.parameters.values():
-        parameter.data = parameter.data.float()
-    bench.model = replace(bench.model, dtype=torch.bfloat16)
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_bfloat16_base_trains_a_float32_adapter(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    bench = Bench(tiny(kind), tmp_path)
+    bench.model = load_tiny(tiny(kind), precision="bfloat16")
     first, again = bench.fit(), bench.fit()
     assert same_adapters(first.adapter, again.adapter)
     for name, tensor in flatten(first.adapter).items():
         assert tensor.dtype is torch.float32
         assert not torch.equal(tensor, flatten(bench.start)[name])
-    assert not torch.equal(first.adapter.dense["classifier.weight"].bfloat16().float(),
-                           first.adapter.dense["classifier.weight"])  # fmt: skip
+    head = first.adapter.dense["classifier.weight" if kind == "bert" else "score.weight"]
+    assert not torch.equal(head.bfloat16().float(), head)

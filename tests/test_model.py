@@ -12,7 +12,6 @@ import torch
 from conftest import same_adapters
 from tiny import (
     KINDS,
-    LABELS,
     drawn_like,
     load_tiny,
     logits,
@@ -25,12 +24,10 @@ from transformers import AutoModelForSequenceClassification, BertModel
 from fedlora.adapter import PARTS, Adapter, Factors, flatten, overlay
 from fedlora.model import (
     base_count,
-    load_model,
     read_adapter,
     train_only,
     write_adapter,
 )
-from fedlora.settings import ModelSettings
 
 pytest_plugins = ["tiny"]
 Tiny = Callable[[str], Path]
@@ -185,14 +182,65 @@ def test_the_base_is_counted_without_adapter_and_trained_head(tiny: Tiny) -> Non
 
 
 def test_a_bfloat16_base_keeps_a_float32_adapter(tiny: Tiny) -> None:
-    settings = ModelSettings(name=str(tiny("bert")), rank=3)
-    model = load_model(settings, LABELS, device="cpu", precision="bfloat16")
+    model = load_tiny(tiny("bert"), precision="bfloat16")
     adapter = drawn_like(read_adapter(model))
     write_adapter(model, adapter)
     assert same_adapters(read_adapter(model), adapter)
     embeddings = model.network.base_model.model.bert.embeddings.word_embeddings.weight
     assert embeddings.dtype is torch.bfloat16
     assert {parameter.dtype for parameter in model.parameters.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_precision_of_the_base_rounds_neither_adapter_nor_head(tiny: Tiny, kind: str) -> None:
+    exact, half = (
+        read_adapter(load_tiny(tiny(kind), precision=precision))
+        for precision in ("float32", "bfloat16")
+    )
+    assert same_adapters(exact, half)
+
+
+def test_a_trained_head_is_not_rounded_to_the_precision_of_the_base(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    whole = AutoModelForSequenceClassification.from_pretrained(tiny("bert"), num_labels=2)
+    whole.save_pretrained(tmp_path)
+    make_tokenizer("bert").save_pretrained(tmp_path)
+    model = load_tiny(tmp_path, precision="bfloat16")
+    assert torch.equal(read_adapter(model).dense["classifier.weight"], whole.classifier.weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bfloat16_base_is_that_of_transformers(tiny: Tiny, kind: str) -> None:
+    """Its buffers too: rounded frequencies of rotary positions are another model."""
+    model = load_tiny(tiny(kind), precision="bfloat16")
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny(kind), dtype=torch.bfloat16)
+    ours = {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in chain(
+            model.network.base_model.model.named_parameters(),
+            model.network.base_model.model.named_buffers(),
+        )
+    }
+    heads = ("classifier", "pre_classifier", "score")  # drawn anew, and float32
+    base = {
+        name: tensor
+        for name, tensor in chain(plain.named_parameters(), plain.named_buffers())
+        if name.split(".")[0] not in heads
+    }
+    assert base
+    for name, tensor in base.items():
+        assert (name, ours[name].dtype) == (name, tensor.dtype)
+        assert torch.equal(ours[name], tensor)
+
+
+def test_rotary_positions_turn_as_in_float32_under_a_bfloat16_base(tiny: Tiny) -> None:
+    turned = []
+    for precision in ("float32", "bfloat16"):
+        model = load_tiny(tiny("llama"), precision=precision)
+        turn = model.network.base_model.model.model.rotary_emb
+        turned.append(turn(torch.zeros(1), torch.arange(512)[None]))
+    torch.testing.assert_close(turned[1], turned[0], rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------- training

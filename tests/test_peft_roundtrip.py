@@ -70,6 +70,34 @@ def test_a_saved_adapter_loads_in_peft_with_the_same_bits(
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@each_case
+def test_an_adapter_on_a_bfloat16_base_gives_pefts_bits_and_exports_those_of_float32(
+    tiny: Tiny, tmp_path: Path, kind: str, settings: dict
+) -> None:
+    """In mixed precision, on the base as transformers itself loads it in bfloat16."""
+    for precision in ("bfloat16", "float32"):
+        model, adapter = trained(tiny(kind), precision=precision, **settings)
+        save_adapter(model, adapter, tmp_path / precision)
+        save_merged(model, adapter, tmp_path / f"merged-{precision}")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        both = [(tmp_path / name / file).read_bytes() for name in ("bfloat16", "float32")]
+        assert both[0] == both[1]
+    merged = [
+        (tmp_path / f"merged-{name}" / "model.safetensors").read_bytes()
+        for name in ("bfloat16", "float32")
+    ]
+    assert merged[0] == merged[1]
+    model, adapter = trained(tiny(kind), precision="bfloat16", **settings)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        tiny(kind), num_labels=2, dtype=torch.bfloat16, pad_token_id=model.tokenizer.pad_token_id
+    )
+    loaded = PeftModel.from_pretrained(base, tmp_path / "bfloat16")
+    inputs = tokens(model, TEXTS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(logits(loaded, inputs), logits(model.network, inputs))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_what_the_base_lacked_is_saved_with_the_adapter(tiny: Tiny, tmp_path: Path) -> None:
     """Each load draws another pooler for this BERT, which has none."""
     base = tmp_path / "base"

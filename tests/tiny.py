@@ -127,12 +127,17 @@ def make_base(kind: str, seed: int = 7) -> transformers.PreTrainedModel:
 
 
 def load_tiny(
-    folder: Path, labels: Sequence[str] = LABELS, *, seed: int = 0, **settings: Any
+    folder: Path,
+    labels: Sequence[str] = LABELS,
+    *,
+    seed: int = 0,
+    precision: str = "float32",
+    **settings: Any,
 ) -> Model:
-    """The model of a tiny base, float32 on the CPU: rank 3, scaling 2 unless told."""
+    """The model of a tiny base on the CPU: rank 3, scaling 2 unless told."""
     chosen = {"rank": 3, "alpha": 6.0} | NEEDED.get(folder.name, {}) | settings
     wanted = ModelSettings(name=str(folder), **chosen)
-    return load_model(wanted, labels, seed=seed, device="cpu", precision="float32")
+    return load_model(wanted, labels, seed=seed, device="cpu", precision=precision)
 
 
 def plain_base(folder: Path, adapter: Adapter, labels: int = 2) -> transformers.PreTrainedModel:
