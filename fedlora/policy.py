@@ -7,6 +7,7 @@ itself is elsewhere. Pure.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
@@ -14,7 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, ClientResult, Factors, cut, precise
+from fedlora.adapter import Adapter, ClientResult, Factors, cut, frobenius, precise
 from fedlora.robust import Robust, robust_coefficients, update_gram
 from fedlora.rules import Residual, Rule, checked_weights, option_types
 
@@ -148,6 +149,24 @@ def _remainders(
             before = groups[rank].coefficient if rank in groups else 0.0
             groups[rank] = Term(before + share, adapter, receiver)
     return [groups[rank] for rank in sorted(groups) if abs(groups[rank].coefficient) > ROUNDING]
+
+
+def unsent(adapter: Adapter, parts: Sequence[Term]) -> float:
+    """||sum_k c_k (W - W_k)||_F / ||W||_F over all layers of the adapter's increment W.
+
+    W_k is its cut to the rank of term k, c_k the term's coefficient: the share of the last adapter
+    that a mean of the increments forgets, because those who were asked do not hold it. 0 for W = 0.
+    """
+    missing, whole = [0.0], [0.0]
+    for name, factors in adapter.layers.items():
+        held = precise(factors)
+        share = held.A.new_zeros(held.rank)
+        for term in parts:
+            rank = term.adapter.layers[name].rank
+            share[rank:] += term.coefficient
+        missing.append(frobenius(Factors(held.A, held.B * share, held.scaling)))
+        whole.append(frobenius(held))
+    return math.hypot(*missing) / (math.hypot(*whole) or math.inf)
 
 
 def residual_policy(rule: Rule, wanted: Residual | None) -> Residual:

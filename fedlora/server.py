@@ -40,6 +40,7 @@ from fedlora.policy import (
     cut_for,
     residual_policy,
     terms,
+    unsent,
     with_residual,
 )
 from fedlora.rules import SETTLED, Plan, Residual, Rule
@@ -148,10 +149,11 @@ def aggregate(
     with the weights that the rule used, and what was carried); `fold_tail`, the part of it that
     `fold_rank` cut; `carried`, what the next round still owes; and `frozen_rank`, the largest rank
     of the folded increments. `settled` counts rounds as `budget.settled`, from the second merge
-    on. float32 at rest puts the floor of the errors near 1e-7; where a norm would cost more than
-    the merge (1,600 rank rows of a 4096 x 4096 layer) it is sketched, within a few percent. Where
-    one layer of all clients is large (32 MB) a rule gets them lazily, so that one which reads them
-    one after another (means of factors) needs the memory of one.
+    on; `unsent`, where clients have ranks of their own, is `policy.unsent`. float32 at rest puts
+    the floor of the errors near 1e-7; where a norm would cost more than the merge (1,600 rank rows
+    of a 4096 x 4096 layer) it is sketched, within a few percent. Where one layer of all clients is
+    large (32 MB) a rule gets them lazily, so that one which reads them one after another (means of
+    factors) needs the memory of one.
     """
     ordered = _ordered(results, round)
     fate = residual_policy(rule, policy.residual)
@@ -173,6 +175,8 @@ def aggregate(
     moved = round_budget(state.adapter, sent, got, weights, adapter)
     budget = {name: {**layer.norms, **moved[name]} for name, layer in done.items()}
     figures = _figures(fate, done) | {SETTLED: _settled(state, budget, weights)}
+    if policy.receivers:
+        figures["unsent"] = unsent(state.adapter, parts)
     return ServerState(adapter, {**state.memory, **figures}, carried, budget)
 
 

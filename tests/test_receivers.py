@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -153,6 +155,73 @@ def test_hetlora_averages_in_the_servers_scaling_what_it_sent_in_the_clients(rsl
     for name, full in adapter.layers.items():
         assert_close(merged.layers[name].A, reach[:, None] * full.A)
         assert_close(merged.layers[name].B, full.B * reach)
+
+
+@both_scalings
+@pytest.mark.parametrize("policy", [{}, {"server_lr": 0.5}, {"robust": "norm_clipping"}], ids=str)
+@pytest.mark.parametrize("rule", ["raflora", "hetlora"])
+def test_a_round_of_small_clients_that_train_nothing_changes_nothing(
+    rule: str, policy: dict[str, Any], rslora: bool
+) -> None:
+    """Pairs that no client of the round holds stay: nobody has said anything about them."""
+    adapter = wide(rslora)
+    cuts = {c: Receiver(2, lora_scaling(ALPHA, 2, rslora)) for c in NAMES}
+    results = [ClientResult(c, cut_for(adapter, cuts[c]), EXAMPLES[c]) for c in NAMES]
+    after = aggregate(
+        get_rule(rule), ServerState(adapter), results, 1, Policy(receivers=cuts, **policy)
+    )
+    for name, before in adapter.layers.items():
+        assert_near(dense(after.adapter.layers[name]), dense(before), SINGLE)
+
+
+@pytest.mark.parametrize("ranks", [(1, 2, 2), (1, 2, 4)])
+def test_raflora_is_steady_whatever_ranks_take_part(ranks: tuple[int, ...]) -> None:
+    adapter = wide()
+    cuts = {c: Receiver(r, ALPHA / r) for c, r in zip(NAMES, ranks, strict=True)}
+    results = [ClientResult(c, cut_for(adapter, cuts[c]), EXAMPLES[c]) for c in NAMES]
+    state = aggregate(get_rule("raflora"), ServerState(adapter), results, 1, Policy(receivers=cuts))
+    for name, before in adapter.layers.items():
+        assert_near(dense(state.adapter.layers[name]), dense(before), SINGLE)
+
+
+@pytest.mark.parametrize("rule", ["fra", "fedmomentum", "raflora"])
+def test_what_the_clients_of_a_round_were_not_sent_is_in_the_log(rule: str) -> None:
+    """Example weights 1/6, 1/3, 1/2 at ranks 1, 2, 4: what fra's formula forgets, to the digit."""
+    adapter = wide()
+    results = [ClientResult(c, cut_for(adapter, receivers().get(c)), EXAMPLES[c]) for c in NAMES]
+    policy = Policy(receivers=receivers())
+    state = aggregate(get_rule(rule), ServerState(adapter), results, 1, policy)
+    share = torch.tensor([0.0, 1 / 6, 1 / 2, 1 / 2], dtype=torch.float64)
+    lost = [dense(Factors(f.A, f.B * share, f.scaling)) for f in adapter.layers.values()]
+    whole = [dense(factors) for factors in adapter.layers.values()]
+    want = math.hypot(*(float(x.norm()) for x in lost)) / math.hypot(
+        *(float(x.norm()) for x in whole)
+    )
+    assert state.memory["unsent"] == pytest.approx(want, rel=1e-9)
+    if rule == "fra":
+        gone = [
+            before - dense(after)
+            for before, after in zip(whole, state.adapter.layers.values(), strict=True)
+        ]
+        for got, expected in zip(gone, lost, strict=True):
+            assert_near(got, expected, SINGLE)
+
+
+def test_nothing_is_unsent_where_all_hold_all_or_there_is_nothing_yet() -> None:
+    adapter = wide()
+    results = [ClientResult("c", adapter, 1)]
+    policy = Policy(receivers=receivers())
+    assert aggregate(
+        get_rule("fra"), ServerState(adapter), results, 1, policy
+    ).memory["unsent"] == 0.0  # fmt: skip
+    plain = aggregate(get_rule("fra"), ServerState(adapter), results, 1)
+    assert "unsent" not in plain.memory
+    zero = Adapter(
+        {n: Factors(f.A, torch.zeros_like(f.B), f.scaling) for n, f in adapter.layers.items()}
+    )
+    small = [ClientResult("a", cut_for(zero, receivers()["a"]), 1)]
+    fresh = aggregate(get_rule("fra"), ServerState(zero), small, 1, policy)
+    assert fresh.memory["unsent"] == 0.0
 
 
 def test_personal_adapters_have_their_clients_rank_and_head() -> None:

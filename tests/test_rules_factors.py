@@ -44,10 +44,19 @@ def test_hetlora_pads_with_zeros_averages_apart_and_cuts_to_the_global_rank(rank
         for row in range(client.rank):
             A[row] += weight * client.A[row]
             B[:, row] += weight * client.scaling / 0.5 * client.B[:, row]
-    A[3:] = prev.A[3:] if rank > 3 else 0.0  # rows that nobody has stay as they were
+    if rank > 3:  # pairs that nobody has stay as they were
+        A[3:], B[:, 3:] = prev.A[3:], prev.B[:, 3:]
     got = get_rule("hetlora")(prev, clients, w)
     assert_close(got.A, A[:rank])
     assert_close(got.B, B[:, :rank])
+
+
+def test_hetlora_keeps_pairs_that_only_clients_without_weight_have() -> None:
+    """`by_norm` gives none to those who did not move: their pairs would die, A and B both zero."""
+    clients, prev = hetero(), random_factors(5, *SHAPE, 3, 0.5)
+    got = get_rule("hetlora")(prev, clients, torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64))
+    assert torch.equal(got.A[2:], prev.A[2:])
+    assert torch.equal(got.B[:, 2:], prev.B[:, 2:])
 
 
 def results(sent: list[Adapter], layers: Sequence[dict[str, Factors]]) -> list[ClientResult]:

@@ -218,13 +218,15 @@ def by_rows(clients: Sequence[Factors], weights: Tensor) -> Tensor:
 def test_raflora_averages_every_rank_row_over_the_clients_that_have_it(
     weights: tuple[float, ...], rslora: bool
 ) -> None:
-    """Also where a client has no weight: the rows that it alone reaches are nobody's."""
+    """Where a client has no weight, the rows that it alone reaches stay as they were."""
     ranks = (1, 2, 4)
     clients, _ = drawn(0, ranks, scalings=[lora_scaling(ALPHA, r, rslora) for r in ranks])
     w = torch.tensor(weights, dtype=torch.float64)
     prev = random_factors(5, 9, 7, 4, lora_scaling(ALPHA, 4, rslora))
     want = by_rows(clients, w)
-    assert_near(dense(merged("raflora", prev, clients, w)), nearest_of_rank(want, 4))
+    reached = max(rank for rank, weight in zip(ranks, weights, strict=True) if weight)
+    kept = prev.scaling * prev.B[:, reached:] @ prev.A[reached:]
+    assert_near(dense(merged("raflora", prev, clients, w)), nearest_of_rank(want + kept, 4))
     narrow = replace(prev, A=prev.A[:2], B=prev.B[:, :2])
     assert_near(dense(merged("raflora", narrow, clients, w)), nearest_of_rank(want, 2))
 

@@ -4,7 +4,8 @@ Formula: U S V^T = sum w_k s_k B_k A_k; the adapter takes the first r directions
 next ones until both hold the share `tau` of the squared singular values.
 Source: "FedMomentum" 2026 (2603.08014).
 Keeps: the weighted mean of the increments, exactly at tau = 1.
-Loses: below tau = 1 the weakest directions; what is folded is trained no further.
+Loses: below tau = 1 the weakest directions; what is folded is trained no further. With mixed ranks,
+as in `fra`, the pairs that the clients of a round were not sent.
 Cost per layer and client: r(m + n) up; r(m + n) + f(m + n) down, f the rank of what was folded.
 DP: the SVD is post-processing and costs nothing; noise on both factors still meets in the product.
 """

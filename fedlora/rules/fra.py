@@ -4,7 +4,11 @@ Source: Trautmann, Hales, Volk 2024, "Aggregating Low Rank Adapters in Federated
 (2501.06332); with mixed ranks it is FlexLoRA, Bai et al. 2024 (2402.11505).
 Keeps: the r strongest directions of the averaged increment, which no other rank-r adapter beats.
 Loses: the tail, ||E||_F^2 = sum of sigma_i^2 beyond r, never more than FedAvg loses; and the gauge
-of the last round: the new A and B are other coordinates for (nearly) the same increment.
+of the last round: the new A and B are other coordinates for (nearly) the same increment. With mixed
+ranks a client counts as zero in the pairs that it was not sent, and a round of small clients alone
+erases them (rank 2 of 8, a random
+start, nobody trains: 32 % of the energy in one round): see `unsent` in the log; `raflora` keeps
+them.
 Cost per layer and client: r(m + n) up, r(m + n) down; on the server O((m + n) R^2) for R = sum r_k.
 DP: the SVD is post-processing and costs nothing; noise on both factors still meets in the product.
 """

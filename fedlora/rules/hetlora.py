@@ -3,7 +3,8 @@
 Formula: A = sum w_k [A_k; 0], B = sum w_k [B_k, 0] with w_k proportional to the client's weight
 times
 ||s_k (B_k A_k - B_0 A_0)||_F over all layers, B_0 A_0 what it was sent; client k gets the first r_k
-pairs of the result.
+pairs of the result. Pairs that no client of the round has stay as they were (ours: partial
+participation).
 Source: Cho, Liu, Xu, Fahrezi, Joshi 2024, "Heterogeneous LoRA for federated fine-tuning of
 on-device foundation models" (2401.06432); its self-pruning of ranks on the client is left out.
 Keeps: the means of the factors; more of the clients that have learned more.
@@ -69,9 +70,11 @@ def _changed(before: Factors, after: Factors) -> float:
     steady=True,
 )
 def hetlora(prev: Factors, clients: Sequence[Factors], weights: Float64[Tensor, " k"]) -> Factors:
-    """The weighted mean of each factor after padding with zeros; unreached rows of A stay."""
-    reached = max(client.rank for client in clients)
-    wide = max(reached, prev.rank)
+    """The weighted mean of each factor after padding with zeros; pairs that nobody has stay."""
+    wide = max(prev.rank, *(client.rank for client in clients))
     mean = mean_factors([padded(client, wide) for client in clients], weights, prev.scaling)
+    counting = zip(weights.tolist(), clients, strict=True)
+    reached = max((client.rank for weight, client in counting if weight), default=0)
     A = torch.cat([mean.A[:reached], prev.A[reached:]])
-    return Factors(A[: prev.rank], mean.B[:, : prev.rank], prev.scaling)
+    B = torch.cat([mean.B[:, :reached], prev.B[:, reached:]], dim=1)
+    return Factors(A[: prev.rank], B[:, : prev.rank], prev.scaling)

@@ -1,6 +1,7 @@
 """raFLoRA: the mean of the increments with every rank row weighed over the clients that have it.
 
-Formula: SVD_r(sum_k s_k B_k diag(c_k) A_k) with c_ki = w_k / sum_(j: r_j >= i) w_j for row i.
+Formula: SVD_r(sum_k s_k B_k diag(c_k) A_k) with c_ki = w_k / sum_(j: r_j >= i) w_j for row i; rows
+that no client of the round has stay as they were (ours: partial participation).
 Source: "raFLoRA" 2026 (2602.13486).
 Keeps: energy in the rows beyond the smallest rank, which plain weights lose within a few rounds
 because clients of small rank count as zero there.
@@ -12,6 +13,7 @@ DP: the SVD is post-processing and costs nothing; noise on both factors still me
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from jaxtyping import Float64
@@ -39,10 +41,14 @@ def raflora(
     gauge: Gauge = "balanced",
 ) -> Factors:
     """The truncated SVD of increments whose rank rows are averaged over those that have them."""
-    reach = weights.new_zeros(max(client.rank for client in clients))
+    reach = weights.new_zeros(max(prev.rank, *(client.rank for client in clients)))
     for weight, client in zip(weights, clients, strict=True):
         reach[: client.rank] += weight
     share = torch.where(reach != 0, 1 / reach, 0.0)
     rows = [w * share[: c.rank].to(c.B) for w, c in zip(weights, clients, strict=True)]
-    mixed = mix(clients, rows, prev.scaling)
+    idle = (reach[: prev.rank] == 0).to(
+        prev.A.device
+    )  # pairs that nobody had, or nobody who counts
+    kept = Factors(prev.A[idle], prev.B[:, idle], prev.scaling)
+    mixed = mix(chain(clients, [kept]), [*rows, 1.0], prev.scaling)
     return truncate(mixed, prev.rank, gauge=gauge, previous=prev)
