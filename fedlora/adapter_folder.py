@@ -9,6 +9,7 @@ also for Conv1D; an embedding of v tokens in d numbers has `lora_embedding_A` (r
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from fedlora.peft_settings import (
     settings_for,
     targeted,
 )
-from fedlora.tensorfile import Entry, read_header, read_tensors, write_tensors
+from fedlora.tensorfile import Entry, finite, read_header, read_tensors, write_tensors
 
 TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -92,8 +93,22 @@ class AdapterFolder:
         self._check_finite(found, f"tensor {name!r}")
         return found
 
+    def numbers(self, name: str, start: int, stop: int) -> Tensor:
+        """Reads a piece of one dense tensor, as stored, its numbers counted one after another;
+        ValueError for NaN or Inf.
+        """
+        whole = self.dense[name]
+        size = whole.dtype.itemsize
+        stop = min(stop, math.prod(whole.shape))
+        piece = Entry(
+            whole.dtype, (stop - start,), whole.start + start * size, whole.start + stop * size
+        )
+        found = read_tensors(self.folder / TENSOR_FILE, [piece])[0]
+        self._check_finite(found, f"tensor {name!r}")
+        return found
+
     def _check_finite(self, tensor: Tensor, place: str) -> None:
-        if not bool(torch.isfinite(tensor).all()):
+        if not finite(tensor):
             raise ValueError(f"{self.folder}: {place} holds NaN or Inf: its training diverged")
 
 
@@ -190,7 +205,7 @@ def write_parts(
             else:
                 named = [(name, part)]
             for full, tensor in named:
-                if not bool(torch.isfinite(tensor).all()):
+                if not finite(tensor):
                     raise ValueError(f"{full!r} holds NaN or Inf: it is not written")
                 yield f"{PREFIX}{full}", tensor
 

@@ -5,6 +5,7 @@ One layer of all adapters is in memory at a time, and the result is written as i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,9 +32,11 @@ from fedlora.files import new_folder
 from fedlora.lowrank import compress, rank_for_energy, singular_values
 from fedlora.merge_checks import check_rule, open_all, parsed_rank, parsed_weights
 from fedlora.rules import Rule, checked_weights
+from fedlora.tensorfile import finite
 
 SMALL = 256  # stacks up to this rank have their spectrum from QR (1e-15), larger from Grams (1e-8)
 BLOCK = 1024  # rows of an increment that are multiplied out at a time where its rank is full
+PIECE = 2**18  # numbers of a dense tensor that are averaged at a time
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Item = TypeVar("Item")
@@ -116,9 +119,10 @@ def merge_folders(
     `rank` is a number for all layers, "auto:0.99" (each layer's smallest that can hold 99 % of its
     energy) or None (the largest that an input has there). `weights` are divided by their sum. Dense
     tensors (heads) are averaged in float64. A residual is stacked onto the factors where the rule's
-    paper folds it, which makes the result exact and of the summed rank, and else dropped; pairs
-    that are zero are left out. `finish` may write further files beside the adapter before the
-    folder gets its name. ValueError names adapter, layer and reason, and nothing is written.
+    paper folds it, which makes the result exact and of the summed rank (a wanted `rank` cuts the
+    stack to its strongest directions), and else dropped; pairs that are zero are left out. `finish`
+    may write further files beside the adapter before the folder gets its name. ValueError names
+    adapter, layer and reason, and nothing is written.
     """
     wanted = parsed_rank(rank)
     shares = parsed_weights(weights, len(folders)) if folders else torch.empty(0)
@@ -174,18 +178,16 @@ def _merge_layer(
     else:
         rank = wanted or min(m, n, max(client.rank for client in clients))
     prev = Factors(mixed.A.new_zeros(rank, n), mixed.B.new_zeros(m, rank), scaling)
-    answer = rule(prev, clients, weights)
-    factors = _nonzero(answer.factors if isinstance(answer, Merged) else answer)
+    most = min(m, n, mixed.rank) if wanted is None else rank  # no more pairs than directions
+    factors = _whole(rule, rule(prev, clients, weights), most)
     if wanted is not None and factors.rank > rank:
         raise ValueError(
             f"rule {rule.name!r} gives layer {name!r} rank {factors.rank}, not {rank}: it does not "
             "cut; leave --rank out or take a rule that does (fra)"
         )
-    if isinstance(answer, Merged) and rule.residual and rule.residual[0] == "fold":
-        factors = _nonzero(stacked(factors, answer.residual))
-        if factors.rank > min(m, n, mixed.rank):  # more pairs than directions
-            factors = _nonzero(compress(factors).factors)
     written = _nonzero(converted(rescaled(factors, scaling), dtype, "cpu"))
+    for before, after in ((factors.A, written.A), (factors.B, written.B)):
+        _check_range(before, after, f"layer {name!r}")
     precise = converted(written, torch.float64, "cpu")
     energy = float(values.square().sum())
     missed = energy - 2 * inner(mixed, precise) + inner(precise, precise)
@@ -193,6 +195,16 @@ def _merge_layer(
     return written, LayerOutcome(
         name, (m, n), ranks, written.rank, scaling, values, energy, max(0.0, missed)
     )
+
+
+def _whole(rule: Rule, answer: Factors | Merged, most: int) -> Factors:
+    """What a rule gives, with what its paper folds stacked on top: in at most `most` pairs then."""
+    if not isinstance(answer, Merged):
+        return _nonzero(answer)
+    if not rule.residual or rule.residual[0] != "fold":
+        return _nonzero(answer.factors)
+    factors = _nonzero(stacked(answer.factors, answer.residual))
+    return factors if factors.rank <= most else _nonzero(compress(factors, most).factors)
 
 
 def _spectrum(factors: Factors) -> Tensor:
@@ -246,12 +258,17 @@ def _mean(
     adapters: Sequence[AdapterFolder], name: str, weights: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """The weighted mean of a dense tensor; whole numbers must be equal and stay (ValueError)."""
+    entry = adapters[0].dense[name]
+    if entry.dtype.is_floating_point:
+        mean = torch.empty(math.prod(entry.shape), dtype=dtype)
+        for start in range(0, len(mean), PIECE):
+            piece = mean[start : start + PIECE]
+            total = torch.zeros(len(piece), dtype=torch.float64)
+            for weight, adapter in zip(weights, adapters, strict=True):
+                total += weight * adapter.numbers(name, start, start + len(piece)).double()
+            _check_range(total, piece.copy_(total), f"tensor {name!r}")
+        return mean.reshape(entry.shape)
     first = adapters[0].tensor(name)
-    if first.dtype.is_floating_point:
-        total = torch.zeros(first.shape, dtype=torch.float64)
-        for weight, adapter in zip(weights, adapters, strict=True):
-            total += weight * adapter.tensor(name).double()
-        return total.to(dtype)
     for adapter in adapters[1:]:
         if not torch.equal(adapter.tensor(name), first):
             raise ValueError(
@@ -259,6 +276,15 @@ def _mean(
                 f"{adapters[0].folder}: they have no mean"
             )
     return first
+
+
+def _check_range(exact: Tensor, written: Tensor, place: str) -> None:
+    """ValueError where numbers became infinite in the dtype in which they are to be written."""
+    if not finite(written):
+        raise ValueError(
+            f"{place} has numbers up to {float(exact.abs().max()):.3g}, beyond {written.dtype}: it "
+            "is not written; take the dtype bfloat16 or float32"
+        )
 
 
 def _settings(adapters: Sequence[AdapterFolder]) -> dict[str, object]:

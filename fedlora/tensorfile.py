@@ -93,6 +93,11 @@ def read_tensors(path: Path, entries: Sequence[Entry]) -> list[Tensor]:
     return tensors
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no Inf; by its extremes, so that no copy of it is made."""
+    return tensor.numel() == 0 or all(math.isfinite(end) for end in torch.aminmax(tensor))
+
+
 def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Writes a safetensors file from named tensors that may be made one by one as they are asked.
 

@@ -217,8 +217,25 @@ def test_a_number_too_large_for_the_dtype_is_refused(three: list[Path], tmp_path
     tensors = load_file(three[0] / FILE)
     tensors["base_model.model.head.bias"] += 1e6
     change(three[0], tensors)
-    with pytest.raises(ValueError, match=r"'head.bias' holds NaN or Inf"):
-        merge_folders(three, get_rule("fra"), tmp_path / "out", dtype=torch.float16)
+    message = r"tensor 'head.bias' .* up to 3.33e\+05, beyond torch.float16.*bfloat16 or float32"
+    for out in (tmp_path / "out", None):  # None: a dry run
+        with pytest.raises(ValueError, match=message):
+            merge_folders(three, get_rule("fra"), out, dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rule", ["fra", "flora"])
+def test_a_layer_too_large_for_the_dtype_is_refused_in_a_dry_run_too(
+    three: list[Path], tmp_path: Path, rule: str
+) -> None:
+    """NaN is no loss of 0: such a merge would keep nothing."""
+    for folder in three:
+        tensors = load_file(folder / FILE)
+        change(folder, {k: t * (1e12 if "lora_" in k else 1) for k, t in tensors.items()})
+    message = r"layer 'block.query' .* up to .* beyond torch.float16"
+    for out in (tmp_path / "out", None):
+        with pytest.raises(ValueError, match=message):
+            merge_folders(three, get_rule(rule), out, dtype=torch.float16)
     assert not (tmp_path / "out").exists()
 
 
@@ -422,6 +439,46 @@ def test_a_rule_that_does_not_cut_refuses_a_smaller_rank(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"'fedavg' gives layer 'block.query' rank 3, not 2"):
         merge_folders(folders, get_rule("fedavg"), tmp_path / "out", rank=2)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["flora", "fedmomentum", "fedex"])
+def test_a_rule_that_folds_is_cut_to_the_wanted_rank_and_the_loss_counted(
+    tmp_path: Path, name: str
+) -> None:
+    """The exact stack at its best rank 2: what `fra` makes of the same adapters."""
+    folders = [plain_folder(tmp_path / f"a{seed}", seed, 2) for seed in (1, 2, 3)]
+    best = merge_folders(folders, get_rule("fra"), rank=2)
+    outcome = merge_folders(folders, get_rule(name), tmp_path / "out", rank=2)
+    assert {entry.rank for entry in open_folder(tmp_path / "out").layers.values()} == {2}
+    assert outcome.kept < 0.99
+    for layer, other in zip(outcome.layers, best.layers, strict=True):
+        assert layer.rank == 2
+        assert layer.kept == pytest.approx(other.kept, abs=1e-7)  # written in float32
+        mean = sum(increments(folder)[layer.name] / 3 for folder in folders)
+        missed = float((mean - increments(tmp_path / "out")[layer.name]).norm() / mean.norm())
+        assert 1 - layer.kept == pytest.approx(missed**2, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ["flora", "fedmomentum", "fedex"])
+def test_a_share_of_energy_is_the_smallest_rank_for_rules_that_fold_too(
+    tmp_path: Path, name: str
+) -> None:
+    folders = [plain_folder(tmp_path / f"a{seed}", seed, 2) for seed in (1, 2, 3)]
+    best = merge_folders(folders, get_rule("fra"), rank="auto:0.8")
+    outcome = merge_folders(folders, get_rule(name), rank="auto:0.8")
+    assert [layer.rank for layer in outcome.layers] == [layer.rank for layer in best.layers]
+    assert all(layer.kept >= 0.8 for layer in outcome.layers)
+
+
+def test_what_a_rule_cut_by_its_own_threshold_is_cut_to_the_rank_as_well(
+    three: list[Path],
+) -> None:
+    ranks = [
+        [layer.rank for layer in merge_folders(three, get_rule("florist", tau=0.99), rank=r).layers]
+        for r in (None, 1)
+    ]
+    assert min(ranks[0]) > 1
+    assert ranks[1] == [1, 1]
 
 
 def test_the_rank_is_given_once(three: list[Path]) -> None:
@@ -663,3 +720,20 @@ def test_memory_is_that_of_one_layer_however_many_there_are(tmp_path: Path) -> N
     sizes = [sum(f.stat().st_size for f in tmp_path.glob(f"*{n}*/{FILE}")) for n in (40, 80)]
     assert sizes[1] - sizes[0] > 60e6
     assert peaks[1] - peaks[0] < 15e6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_a_saved_tensor_is_averaged_in_little_more_memory_than_it_takes(tmp_path: Path) -> None:
+    """The output layer of a large vocabulary is the largest tensor of an adapter: here 32 MB."""
+    factors = random_factors(1, 64, 64, 64)
+    peaks, head = [], torch.randn(8000, 1000)
+    for name, dense_part in (("none", {}), ("head", {"head.weight": head})):
+        folders = [tmp_path / f"{name}-{index}" for index in range(3)]
+        for index, folder in enumerate(folders):
+            given = {key: tensor + index for key, tensor in dense_part.items()}
+            write_folder(folder, Adapter({"query": factors}, given), PLAIN)
+        peaks.append(1024 * int(run_python(PEAK, tmp_path / name, *folders)))
+    merged = load_file(tmp_path / "head" / FILE)["base_model.model.head.weight"]
+    torch.testing.assert_close(merged, head + 1)
+    assert peaks[1] - peaks[0] < 2 * 4 * head.numel()
