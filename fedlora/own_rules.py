@@ -6,6 +6,7 @@ server or from somebody else's config: the file's code runs.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -46,3 +47,15 @@ def import_rule(reference: str) -> None:
             f"registers {known}: put @rule(...) on a function of that name"
         )
     add_file(place, names)
+
+
+def rule_file(rule: str) -> Path | None:
+    """The file of a rule named `path.py:name`; None for a rule of the registry."""
+    place, _, name = rule.rpartition(":")
+    return Path(place) if name and place.endswith(".py") else None
+
+
+def rule_digest(rule: str) -> str:
+    """A SHA-256 of the bytes of the rule's file; empty for a rule of the registry, or no file."""
+    path = rule_file(rule)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else ""

@@ -14,8 +14,9 @@ from typing import Any
 from fedlora.checkpoint import Checkpoint, latest_checkpoint
 from fedlora.config import Config
 from fedlora.files import write_text
+from fedlora.own_rules import rule_file
 from fedlora.privacy.ledger import LEDGERS, check_heads
-from fedlora.runlog import read_config, read_json
+from fedlora.runlog import RULE_COPY, read_config, read_json
 
 CHECKPOINTS = "checkpoints"
 FREE = ("run.out", "run.name")  # may differ: say where and under which name, not what
@@ -53,8 +54,8 @@ class Resumed:
 def find(folder: Path, config: Config | None = None) -> tuple[Config, Resumed]:
     """The config and the state of a stopped run; `config` is one that claims to be the same.
 
-    ValueError where the run has ended, another config is meant (with each difference), or there is
-    nothing whole to go on from.
+    ValueError where the run has ended, another config is meant (with each difference), the file of
+    the user's own rule is not the one that it began with, or there is nothing whole to go on from.
     """
     own = read_config(folder)
     summary = folder / "summary.json"
@@ -62,6 +63,7 @@ def find(folder: Path, config: Config | None = None) -> tuple[Config, Resumed]:
         raise ValueError(f"{folder} has ended: there is nothing to resume")
     if config is not None:
         refuse_changes(folder, own, config)
+    refuse_other_rule(folder, own)
     checkpoint: Checkpoint | None = None
     problems: list[str] = []
     log = records(folder)
@@ -95,6 +97,21 @@ def refuse_changes(folder: Path, own: Config, other: Config) -> None:
         raise ValueError(
             f"{folder} was run with another config; resume it without one, or start a new run: "
             + "; ".join(changed)
+        )
+
+
+def refuse_other_rule(folder: Path, own: Config) -> None:
+    """ValueError unless the user's own rule is still the code that the run began with."""
+    source, kept = rule_file(own.merge.rule), folder / RULE_COPY
+    if source is None:
+        return
+    now, then = (
+        path.read_bytes().splitlines() if path.is_file() else None for path in (source, kept)
+    )
+    if then is None or now != then:
+        raise ValueError(
+            f"{source} {'is gone' if now is None else 'was changed'} since {folder} was begun with "
+            f"it: copy {kept} back to resume, or start a new run"
         )
 
 

@@ -16,9 +16,11 @@ from typing import Any
 
 from fedlora import __version__
 from fedlora.config import Config, load_config
-from fedlora.files import new_folder, write_text
+from fedlora.files import new_folder, write_bytes, write_text
+from fedlora.own_rules import rule_file
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors")
+RULE_COPY = "rule.py"  # in a run's folder: the user's own rule that made the run
 
 
 def create_run(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
@@ -30,9 +32,8 @@ def create_run(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
     with new_folder(folder) as temporary:
         write_text(temporary / "config.toml", config.toml())
         write_json(temporary / "versions.json", {**versions(), **facts})
-        source, _, name = config.merge.rule.rpartition(":")
-        if name and source.endswith(".py"):
-            write_text(temporary / "rule.py", Path(source).read_text(encoding="utf-8"))
+        if source := rule_file(config.merge.rule):
+            write_bytes(temporary / RULE_COPY, source.read_bytes())
 
 
 def check_new(folder: Path) -> None:

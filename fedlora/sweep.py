@@ -136,7 +136,9 @@ def _run_all(trials: Sequence[Trial], folder: Path, jobs: int, watch: Watch) -> 
     ) as pool:
         threads = max(1, (os.cpu_count() or 1) // jobs)
         running = {
-            pool.submit(_work, trial.config.flat(), str(run_path(folder, trial.id)), threads): trial
+            pool.submit(
+                _work, trial.config.flat(), str(run_path(folder, trial.id)), threads, trial.code
+            ): trial
             for trial in left
         }
         try:
@@ -163,17 +165,22 @@ def _leave_with(parent: int) -> None:
     threading.Thread(target=look, daemon=True).start()
 
 
-def _work(flat: Flat, out: str, threads: int) -> None:
-    """One trial in a worker: begun, or gone on with where it was stopped."""
+def _work(flat: Flat, out: str, threads: int, code: str) -> None:
+    """One trial in a worker: begun, or gone on with where it was stopped.
+
+    ChildProcessError where the rule's file is not the code that the trial is named by.
+    """
     import torch
 
-    from fedlora.own_rules import import_rule
+    from fedlora.own_rules import import_rule, rule_digest
     from fedlora.resume import find
     from fedlora.run import execute, prepare
 
     rule = str(flat["merge.rule"])
     if FILE_RULE in rule:
         import_rule(rule)
+    if rule_digest(rule) != code:
+        raise ChildProcessError(f"the file of rule {rule!r} was changed meanwhile: start again")
     config, resumed = make_config({**flat, "run.out": out}), None
     torch.set_num_threads(config.run.threads or threads)
     if Path(out).exists():

@@ -10,13 +10,14 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from fedlora.config import FILE_RULE, Config, anchored, make_config, parse_overrides
 from fedlora.hints import near
+from fedlora.own_rules import rule_digest
 from fedlora.settings import NO_EVALUATION, shares_metrics
 
 KEYS = ("name", "seeds", "tune", "tune_seeds", "methods", "cases")
@@ -24,6 +25,7 @@ TUNING = {  # held-out rows after the last round, and nothing else
     "data.evaluate": NO_EVALUATION, "run.save_best": False,
     "evaluate.clients": False, "evaluate.every": 10**6, "evaluate.limit": 1,
 }  # fmt: skip
+RULE = "merge.rule"
 NAMELESS = ("run.name", "run.out")  # what a run is called does not make it another run
 
 
@@ -31,7 +33,8 @@ NAMELESS = ("run.name", "run.out")  # what a run is called does not make it anot
 class Trial:
     """One run of a sweep; `varied` are the settings in which the trials of the sweep differ.
 
-    `tuning` trials are run to choose among the values of `grid`, on held-out training rows.
+    `tuning` trials are run to choose among the values of `grid`, on held-out training rows. `code`
+    is the digest of the user's own rule file, empty for a rule of the registry.
     """
 
     method: str
@@ -41,12 +44,13 @@ class Trial:
     grid: Mapping[str, Any]
     varied: Mapping[str, Any]
     tuning: bool = False
+    code: str = ""
 
     @property
     def id(self) -> str:
         """Twelve hexadecimal digits of everything that decides the run's result."""
         flat = {k: v for k, v in self.config.flat().items() if k not in NAMELESS}
-        text = json.dumps(flat, sort_keys=True)
+        text = json.dumps(flat, sort_keys=True) + self.code
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -61,7 +65,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep as read: every method with every case and seed, on the shared settings."""
+    """A sweep as read: every method with every case and seed, on the shared settings.
+
+    `codes` holds the digests of rule files, by the rule's name, as they were when it was read.
+    """
 
     name: str
     shared: Mapping[str, Any]
@@ -69,6 +76,7 @@ class Sweep:
     cases: Sequence[Variant]
     seeds: Sequence[int]
     tune_seeds: Sequence[int]
+    codes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[tuple[Variant, Variant]]:
@@ -109,7 +117,8 @@ class Sweep:
         words = [self.name, case.name, method.name, *(f"{v}" for v in point.values()), f"s{seed}"]
         settings["run.name"] = " ".join(word for word in words if word)
         config = make_config(settings)
-        return Trial(method.name, case.name, seed, config, dict(point), varied, tuning)
+        code = self.codes.get(config.merge.rule, "")
+        return Trial(method.name, case.name, seed, config, dict(point), varied, tuning, code)
 
 
 def load_sweep(
@@ -148,8 +157,10 @@ def load_sweep(
         _seeds("seeds", own.get("seeds", [0])),
         _seeds("tune_seeds", own.get("tune_seeds", [1000])),
     )
-    for settings in (sweep.shared, *(v.settings for v in (*sweep.methods, *sweep.cases))):
-        own_rule(str(settings.get("merge.rule", "")))
+    named = _rules(sweep)
+    for rule in named:
+        own_rule(rule)
+    sweep = replace(sweep, codes={rule: code for rule in named if (code := rule_digest(rule))})
     _check(sweep, tune)
     return sweep
 
@@ -161,6 +172,14 @@ def flattened(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= flattened(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
+
+
+def _rules(sweep: Sweep) -> list[str]:
+    """The names of all rules that the sweep's settings and grids hold, each once."""
+    variants = (*sweep.methods, *sweep.cases)
+    given = [settings.get(RULE) for settings in (sweep.shared, *(v.settings for v in variants))]
+    tuned = [value for variant in variants for value in variant.grid.get(RULE, [])]
+    return sorted({str(rule) for rule in (*given, *tuned) if rule})
 
 
 def _variants(kind: str, entries: Any, tune: Sequence[str], folder: Path) -> list[Variant]:
@@ -183,7 +202,8 @@ def _expanded(entry: Mapping[str, Any], tune: Sequence[str], folder: Path) -> li
     axes = {key: value for key, value in flat.items() if _is_grid(key, value)}
     if empty := [key for key, values in axes.items() if not values]:
         raise ValueError(f"[sweep]: {empty[0]} is an empty list: give it at least one value")
-    grid = {key: values for key, values in axes.items() if key in tune}
+    tuned = {key: values for key, values in axes.items() if key in tune}
+    grid = {k: [anchored({k: v}, folder)[k] for v in values] for k, values in tuned.items()}
     crossed = {key: values for key, values in axes.items() if key not in tune}
     fixed = {key: value for key, value in flat.items() if key not in axes}
     variants = []

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from bench import Place, adapter_bytes, records, summary
 
+from fedlora.own_rules import import_rule
 from fedlora.resume import find
 from fedlora.run import execute, prepare
 
@@ -143,6 +144,43 @@ def test_a_changed_config_is_refused_with_each_difference(place: Place) -> None:
     ):
         find(folder, place.config("stopped", client__lr=0.02, merge__rule="fedavg"))
     assert find(folder, place.config("elsewhere", run__name="stopped"))[1].checkpoint is not None
+
+
+OWN = '''"""A mean of the factors, halved or not."""
+
+from fedlora.adapter import Factors, mean_factors
+from fedlora.rules import LAWS, rule
+
+
+@rule(**dict.fromkeys(LAWS, "not looked at"))
+def own(prev, clients, weights):
+    """The mean times a number."""
+    mean = mean_factors(clients, weights, prev.scaling)
+    return Factors(mean.A, 1.0 * mean.B, mean.scaling)
+'''
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_a_run_goes_on_with_the_rule_file_that_it_began_with_alone(
+    place: Place, tmp_path: Path
+) -> None:
+    """Its rule.py would else not be the code that made the result."""
+    source = tmp_path / "own.py"
+    source.write_text(OWN, encoding="utf-8")
+    rule = f"{source}:own"
+    import_rule(rule)
+    whole = place.run("whole", run__rounds=3, merge__rule=rule)
+    folder = stopped_after(place, "stopped", 2, run__rounds=3, merge__rule=rule)
+    source.write_text(OWN.replace("1.0", "0.5"), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"own\.py was changed since .*copy .*stopped/rule\.py back .* new run"
+    ):
+        find(folder)
+    source.unlink()
+    with pytest.raises(ValueError, match=r"own\.py is gone since"):
+        find(folder, place.config("stopped", run__rounds=3, merge__rule=rule))
+    source.write_bytes((folder / "rule.py").read_bytes())
+    assert adapter_bytes(resumed(folder)) == adapter_bytes(whole)
 
 
 def test_a_run_that_has_ended_is_not_resumed(place: Place) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedlora.config import Config, make_config
+from fedlora.own_rules import import_rule
 from fedlora.sweep_plan import Sweep, Trial, load_sweep
 from fedlora.tables import evaluation_source
 
@@ -105,6 +108,56 @@ def test_the_id_of_a_run_is_that_of_its_settings_and_not_of_its_name() -> None:
 
     assert trial(run__name="x", run__out="y").id == trial().id
     assert len({trial().id, trial(run__seed=1).id, trial(client__lr=2e-3).id}) == 3
+
+
+OWN = '''"""A mean of the factors."""
+
+from fedlora.adapter import mean_factors
+from fedlora.rules import LAWS, rule
+
+
+@rule(**dict.fromkeys(LAWS, "not looked at"))
+def swept(prev, clients, weights):
+    """The mean."""
+    return mean_factors(clients, weights, prev.scaling)
+'''
+
+
+@pytest.mark.usefixtures("no_trace")
+@pytest.mark.parametrize("tuned", [False, True])
+def test_an_edited_rule_file_is_another_run(tmp_path: Path, tuned: bool) -> None:
+    source = tmp_path / "swept.py"
+    (tmp_path / "small.toml").write_text(
+        "[sweep]\ntune = ['merge.rule']\n" if tuned else "[sweep]\n", encoding="utf-8"
+    )
+    with (tmp_path / "small.toml").open("a", encoding="utf-8") as file:
+        file.write(f"[[sweep.methods]]\nname = 'm'\nmerge.rule = ['fra', '{source}:swept']\n")
+
+    def ids() -> list[str]:
+        sweep = load_sweep(
+            tmp_path / "small.toml",
+            own_rule=lambda rule: import_rule(rule) if ".py:" in rule else None,
+        )
+        groups = [t for group in sweep.groups for t in sweep.tuning_trials(*group)] or [
+            t for group in sweep.groups for t in sweep.trials(*group, {})
+        ]
+        return [trial.id for trial in groups]
+
+    source.write_text(OWN, encoding="utf-8")
+    first = ids()
+    assert ids() == first
+    source.write_text(f"{OWN}\n", encoding="utf-8")
+    again = ids()
+    assert again[0] == first[0]  # fra
+    assert again[1] != first[1]
+
+
+def test_the_ids_of_registered_rules_are_those_of_their_settings_alone() -> None:
+    """Finished sweeps of earlier versions are found again."""
+    config = make_config({"client.lr": 2e-3})
+    flat = {k: v for k, v in config.flat().items() if k not in ("run.name", "run.out")}
+    want = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:12]
+    assert Trial("fra", "", 0, config, {}, {}).id == want
 
 
 def test_shared_settings_may_be_changed_from_outside(tmp_path: Path) -> None:
