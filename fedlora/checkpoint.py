@@ -7,6 +7,7 @@ safetensors. Knows progress and files; no model and no data.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import struct
 from collections.abc import Mapping
@@ -14,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from fedlora.adapter import Adapter, ClientState, Factors
-from fedlora.files import write_bytes
+from fedlora.files import write_pieces
 from fedlora.server import ServerState
 from fedlora.simulation import Progress
+from fedlora.tensorfile import file_image
 
 MAGIC = b"fedlora checkpoint 1\n"
 KEPT = 2  # the newest, and one to fall back on
@@ -55,7 +56,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """
     folder.mkdir(exist_ok=True)
     path = folder / f"round-{checkpoint.round:06d}.ckpt"
-    write_bytes(path, encoded(checkpoint))
+    write_pieces(path, _pieces(checkpoint))
     for old in sorted(folder.glob("round-*.ckpt"))[:-KEPT]:
         old.unlink()
     return path
@@ -69,7 +70,8 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
     problems: list[str] = []
     for path in sorted(folder.glob("round-*.ckpt"), reverse=True):
         try:
-            return decoded(path.read_bytes()), problems
+            with path.open("rb") as file:
+                return _taken(file), problems
         except (OSError, ValueError) as error:
             problems.append(f"{path} is damaged ({error})")
     told = "; ".join(problems) or f"there is none in {folder}"
@@ -85,7 +87,11 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def encoded(checkpoint: Checkpoint) -> bytes:
-    """Magic, two lengths, a SHA-256 of what follows, the JSON head, the tensors."""
+    """Magic, two lengths, a SHA-256 of what follows, the JSON head, the tensors: the file whole."""
+    return b"".join(_pieces(checkpoint))
+
+
+def _pieces(checkpoint: Checkpoint) -> list[bytes | memoryview]:
     tensors: dict[str, Tensor] = {}
     head = {
         "round": checkpoint.round,
@@ -102,12 +108,13 @@ def encoded(checkpoint: Checkpoint) -> bytes:
 def encode_state(owner: str, state: ClientState) -> bytes:
     """What a client keeps for itself, hashed; `owner` names the run it belongs to."""
     tensors: dict[str, Tensor] = {}
-    return _packed({"owner": owner, "state": _put_client(tensors, "own", state)}, tensors)
+    head = {"owner": owner, "state": _put_client(tensors, "own", state)}
+    return b"".join(_packed(head, tensors))
 
 
 def decode_state(data: bytes) -> tuple[str, ClientState]:
     """The inverse of `encode_state`: the run and the state; ValueError for damage."""
-    head, tensors = _unpacked(data)
+    head, tensors = _unpacked(io.BytesIO(data))
     return head["owner"], _take_client(tensors, "own", head["state"])
 
 
@@ -116,33 +123,46 @@ def decoded(data: bytes) -> Checkpoint:
 
     ValueError for anything that is not, to the bit, what was written.
     """
-    head, tensors = _unpacked(data)
+    return _taken(io.BytesIO(data))
+
+
+def _taken(file: io.BufferedIOBase) -> Checkpoint:
+    head, tensors = _unpacked(file)
     loops = {name: _take_progress(tensors, f"loop/{name}", p) for name, p in head["loops"].items()}
     best = {name: _take(tensors, f"best/{name}", a) for name, a in head["best"].items()}
     return Checkpoint(head["round"], loops, best, head["notes"])
 
 
-def _packed(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+def _packed(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
+    """The file in pieces, tensors where they lie: one more copy of all clients' states is much."""
     text = json.dumps(head, sort_keys=True, allow_nan=False).encode()
-    rows = torch.contiguous_format  # copies, since files hold no shared storage
-    body: bytes = save({name: tensors[name].clone(memory_format=rows) for name in sorted(tensors)})
-    lengths = LENGTH.pack(len(text), len(body))
-    digest = hashlib.sha256(lengths + text + body).digest()
-    return MAGIC + lengths + digest + text + body
+    opening, numbers = file_image(tensors)
+    lengths = LENGTH.pack(len(text), len(opening) + sum(piece.nbytes for piece in numbers))
+    digest = hashlib.sha256(lengths + text + opening)
+    for piece in numbers:
+        digest.update(piece)
+    return [MAGIC + lengths + digest.digest() + text + opening, *numbers]
 
 
-def _unpacked(data: bytes) -> tuple[Any, dict[str, Tensor]]:
+def _unpacked(file: io.BufferedIOBase) -> tuple[Any, dict[str, Tensor]]:
     start = len(MAGIC) + LENGTH.size + DIGEST
-    if data[: len(MAGIC)] != MAGIC or len(data) < start:
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    begin = file.read(start)
+    if begin[: len(MAGIC)] != MAGIC or len(begin) < start:
         raise ValueError("it does not begin like a checkpoint")
-    lengths, digest = data[len(MAGIC) : start - DIGEST], data[start - DIGEST : start]
+    lengths, digest = begin[len(MAGIC) : start - DIGEST], begin[start - DIGEST :]
     text_size, body_size = LENGTH.unpack(lengths)
-    if len(data) != start + text_size + body_size:
-        raise ValueError(f"{len(data)} bytes, its head speaks of {start + text_size + body_size}")
-    if hashlib.sha256(lengths + data[start:]).digest() != digest:
+    if size != start + text_size + body_size:
+        raise ValueError(f"{size} bytes, its head speaks of {start + text_size + body_size}")
+    text, body = file.read(text_size), file.read(body_size)
+    found = hashlib.sha256(lengths)
+    found.update(text)
+    found.update(body)
+    if found.digest() != digest:
         raise ValueError("its content does not match its hash")
     try:
-        return json.loads(data[start : start + text_size]), load(data[start + text_size :])
+        return json.loads(text), load(body)
     except SafetensorError as error:
         raise ValueError(f"its tensors cannot be read: {error}") from error
 

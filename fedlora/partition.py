@@ -84,8 +84,10 @@ def dirichlet(
 
 def by_column(values: Sequence[Any]) -> Parts:
     """Natural clients: one per value of a column, in sorted order."""
-    names = np.array([str(value) for value in values])
-    return {str(name): np.flatnonzero(names == name) for name in np.unique(names)}
+    names, place = np.unique(np.array([str(value) for value in values]), return_inverse=True)
+    order, ends = np.argsort(place, kind="stable"), np.cumsum(np.bincount(place))
+    rows = np.split(order, ends)[:-1]
+    return {str(name): own for name, own in zip(names, rows, strict=True)}
 
 
 def split_off(

@@ -6,19 +6,21 @@ works on the k x k Gram matrix of the updates and returns coefficients; nothing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from fedlora.adapter import Adapter, change, inner, precise
+from fedlora.adapter import Adapter, Factors, change, precise, rescaled
 
 Robust: TypeAlias = Literal[
     "none", "norm_clipping", "multi_krum", "geometric_median", "centred_clipping"
 ]
 FEWEST = 5  # with fewer clients no majority can be told from its opposite
+BLOCK = 2**22  # products at a time: 32 MB
 SWEEPS, PASSES, CLOSE = 200, 3, 1e-10
 
 
@@ -65,13 +67,11 @@ def update_gram(sent: Sequence[Adapter], received: Sequence[Adapter]) -> Float64
     clients = len(received)
     gram = torch.zeros(clients, clients, dtype=torch.float64)
     for name in received[0].layers:
-        changes = [
+        changes = (
             change(precise(before.layers[name]), precise(after.layers[name]))
             for before, after in zip(sent, received, strict=True)
-        ]
-        for k in range(clients):
-            for j in range(k, clients):
-                gram[k, j] += inner(changes[k], changes[j])
+        )
+        _add_products(gram, changes, [2 * after.layers[name].rank for after in received])
     for name in received[0].dense:
         moved = torch.stack(
             [
@@ -81,6 +81,42 @@ def update_gram(sent: Sequence[Adapter], received: Sequence[Adapter]) -> Float64
         )
         gram += (moved @ moved.mT).triu()
     return gram.triu() + gram.triu(1).mT
+
+
+def _add_products(gram: Tensor, changes: Iterable[Factors], ranks: Sequence[int]) -> None:
+    """Adds <D_k, D_j> of one layer for j >= k (below lies what the blocks bring along).
+
+    All factors are stacked and multiplied by blocks of clients, each of at most `BLOCK` numbers or
+    one client: k^2 / 2 products of their own take four times as long.
+    """
+    A, B = _stacked(changes, sum(ranks))
+    owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
+    starts = [0, *accumulate(ranks)]
+    step = max(1, BLOCK // (max(ranks) * len(A)))
+    for first in range(0, len(ranks), step):
+        last = min(first + step, len(ranks))
+        rows, rest = slice(starts[first], starts[last]), slice(starts[first], None)
+        products = (A[rows] @ A[rest].mT).mul_(B[rows] @ B[rest].mT)
+        by_client = products.new_zeros(len(products), len(ranks) - first)
+        by_client.index_add_(1, owner[rest] - first, products)
+        gram[first:last, first:].index_add_(0, owner[rows] - first, by_client)
+
+
+def _stacked(changes: Iterable[Factors], rows: int) -> tuple[Tensor, Tensor]:
+    """The rows of all A and, as rows, the columns of all s B, one client's at a time."""
+    A = B = torch.empty(0)
+    place = 0
+    for each in changes:
+        plain, (m, n) = rescaled(each, 1.0), each.shape
+        if not place:
+            A, B = (
+                plain.A.new_empty(rows, n, device="cpu"),
+                plain.B.new_empty(rows, m, device="cpu"),
+            )
+        A[place : place + plain.rank] = plain.A
+        B[place : place + plain.rank] = plain.B.mT
+        place += plain.rank
+    return A, B
 
 
 def warning(method: Robust, clients: int) -> str:

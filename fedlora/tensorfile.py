@@ -111,21 +111,50 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
             for name, tensor in tensors:
                 if name in entries:
                     raise ValueError(f"tensor {name!r} is given twice to {path.name}")
-                data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                file.write(data.data)
-                entries[name] = {
-                    "dtype": _NAMES[tensor.dtype],
-                    "shape": list(tensor.shape),
-                    "data_offsets": [place, place + data.nbytes],
-                }
+                data = _memory(tensor)
+                file.write(data)
+                entries[name] = _described(tensor, place)
                 place += data.nbytes
-        text = json.dumps(header | entries, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
         with path.open("wb") as file, beside.open("rb") as numbers:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(_opening(header | entries))
             shutil.copyfileobj(numbers, file, 1 << 20)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def file_image(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[memoryview]]:
+    """A safetensors file in memory: its opening, and each tensor's numbers where they lie.
+
+    Nothing is copied but tensors that are not on the CPU or not in one piece; the order is that of
+    the safetensors library, wide numbers first, then by name.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    entries: dict[str, Mapping[str, Any]] = {}
+    place = 0
+    for name in names:
+        entries[name] = _described(tensors[name], place)
+        place = entries[name]["data_offsets"][1]
+    return _opening(entries), [_memory(tensors[name]) for name in names]
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data
+
+
+def _described(tensor: Tensor, place: int) -> dict[str, Any]:
+    return {
+        "dtype": _NAMES[tensor.dtype],
+        "shape": list(tensor.shape),
+        "data_offsets": [place, place + tensor.numel() * tensor.dtype.itemsize],
+    }
+
+
+def _opening(header: Mapping[str, Any]) -> bytes:
+    """The header's length and the header, filled up to whole words of 8 bytes."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

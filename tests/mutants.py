@@ -139,6 +139,8 @@ MUTANTS = [Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "order[max(start - 1, 0) :: len(clients)]", "two clients share rows", "partition"),
     ("rows-drawn-with-return", "partition.py", "np.split(rng.permutation(rows), edges",
      "np.split(rng.choice(rows, rows.size), edges", "rows repeat, others vanish", "partition"),
+    ("column-rows-shifted", "partition.py", "np.cumsum(np.bincount(place))",
+     "np.cumsum(np.bincount(place)) - 1", "a client gets a row of its neighbour", "partition"),
     ("row-lost-to-rounding", "partition.py", "* size + 1e-9)", "* size)",
      "0.1 + 0.2 is not 0.3: a row short", "partition"),
     ("heldout-leaks", "partition.py", "return np.setdiff1d(rows, apart), apart",

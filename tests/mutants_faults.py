@@ -15,8 +15,11 @@ import mutants
 MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
     # ------------------------------------------------------------ checkpoints
     ("hash-not-looked-at", "checkpoint.py",
-     "if hashlib.sha256(lengths + data[start:]).digest() != digest:", "if False:",
+     "if found.digest() != digest:", "if False:",
      "a flipped bit becomes a weight", "crash"),
+    ("checkpoint-joined", "checkpoint.py", "write_pieces(path, _pieces(checkpoint))",
+     "write_pieces(path, [encoded(checkpoint)])",
+     "all clients' states in memory twice over", "crash"),
     ("last-checkpoint-only", "checkpoint.py", "KEPT = 2", "KEPT = 1",
      "nothing to fall back on", "crash resume"),
     ("state-left-out", "checkpoint.py", "for client, own in progress.clients.items()",

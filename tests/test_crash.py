@@ -6,13 +6,16 @@ import errno
 import os
 import random
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from bench import Place, adapter_bytes
 from conftest import random_adapter, same_adapters
 from crashes import SETTINGS, failing_sync, finished, killed_after, killed_at
+from safetensors.torch import save
 
 from fedlora.adapter import ClientState
 from fedlora.checkpoint import (
@@ -27,6 +30,7 @@ from fedlora.resume import find
 from fedlora.run import execute
 from fedlora.server import ServerState
 from fedlora.simulation import Progress
+from fedlora.tensorfile import file_image
 
 pytest_plugins = ["tiny"]
 Tiny = Callable[[str], Path]
@@ -121,6 +125,33 @@ def test_a_checkpoint_is_read_back_bit_for_bit() -> None:
     assert mine.clients["a"].optimiser.keys() == theirs.clients["a"].optimiser.keys()
     assert mine.clients["b"].adapter is None
     assert encoded(got) == encoded(want)
+
+
+def test_a_checkpoint_holds_the_bytes_that_the_safetensors_library_writes() -> None:
+    """Older versions read it; wide numbers come first, then the order is that of the names."""
+    odd = {
+        "a": torch.arange(5),
+        "b": torch.ones(2, 3, dtype=torch.bfloat16),
+        "c": torch.zeros(0, 4),
+        "d": torch.tensor(2.5),
+        "e": torch.ones(3, dtype=torch.uint8),
+        "\u00e9": torch.ones(6).reshape(2, 3).T,
+    }
+    opening, numbers = file_image(odd)
+    assert opening + b"".join(numbers) == save({n: t.contiguous() for n, t in odd.items()})
+
+
+def test_writing_a_checkpoint_copies_no_clients_state(tmp_path: Path) -> None:
+    """The states of all clients may be most of what the process holds: here 16 MB."""
+    states = {f"c{k}": ClientState(None, {"moment": torch.ones(10**6)}) for k in range(4)}
+    big = Checkpoint(1, {"": Progress(1, ServerState(random_adapter(1)), states)}, {}, {})
+    tracemalloc.start()
+    save_checkpoint(tmp_path, big)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6
+    found = latest_checkpoint(tmp_path)[0].loops[""].clients
+    assert torch.equal(found["c3"].optimiser["moment"], torch.ones(10**6))
 
 
 def test_each_of_two_hundred_flipped_or_cut_files_is_noticed(tmp_path: Path) -> None:

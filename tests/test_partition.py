@@ -205,6 +205,16 @@ def test_a_client_without_rows_is_refused_with_a_remedy() -> None:
         dirichlet([0, 1], CLIENTS, 0.5, rng())
 
 
+@pytest.mark.parametrize("count", [0, 1, 500])
+def test_clients_of_a_column_are_those_of_one_comparison_each(count: int) -> None:
+    values = rng(count).integers(0, 60, count).tolist()
+    names = np.array([str(value) for value in values])
+    want = {str(name): np.flatnonzero(names == name).tolist() for name in np.unique(names)}
+    got = by_column(values)
+    assert {client: rows.tolist() for client, rows in got.items()} == want
+    assert list(got) == list(want)
+
+
 def test_clients_of_a_column_are_its_values_in_sorted_order() -> None:
     parts = by_column(["b", "a", "b", 10, 9, None])
     assert {client: rows.tolist() for client, rows in parts.items()} == {

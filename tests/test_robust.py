@@ -14,6 +14,7 @@ from conftest import assert_near, dense, nearest_of_rank, normal, orthogonal, ra
 from torch import Tensor
 from torch.testing import assert_close
 
+from fedlora import robust
 from fedlora.adapter import Adapter, ClientResult, Factors
 from fedlora.policy import Policy, Receiver, cut_for
 from fedlora.robust import Robust, robust_coefficients, update_gram, warning
@@ -64,6 +65,17 @@ def test_inner_products_of_updates_are_those_of_the_dense_changes() -> None:
     received = [trained(sent, 10 * k) for k, sent in enumerate(SENT)]
     V = torch.stack([vector(*pair) for pair in zip(SENT, received, strict=True)])
     assert_near(update_gram(SENT, received), V @ V.mT)
+
+
+@pytest.mark.parametrize("block", [1, 100, 400])
+def test_inner_products_do_not_depend_on_the_blocks_they_are_made_in(
+    monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """A client at a time, a few, and all: 28 rank rows of changes on either side."""
+    received = [trained(sent, 10 * k) for k, sent in enumerate(SENT)]
+    whole = update_gram(SENT, received)
+    monkeypatch.setattr(robust, "BLOCK", block)
+    assert_near(update_gram(SENT, received), whole, 1e-15)
 
 
 def exact_change(before: Factors, after: Factors) -> np.ndarray:

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from fedlora.adapter import Factors
 from fedlora.rules import get_rule
 from fedlora.rules.fedrpca import common_part
+from fedlora.rules.florana import _cross, _products
 
 # ---------------------------------------------------------------- lorafair
 
@@ -83,6 +84,16 @@ def fitted(clients: list[Factors], w: Tensor, **options: int) -> tuple[Tensor, T
     assert_near(stack_A @ a, answer.A.flatten()[:, None])  # in the span, or it is no such sum
     assert_near(stack_B @ b, answer.B.flatten()[:, None])
     return a[:, 0], b[:, 0]
+
+
+@pytest.mark.parametrize(("k", "n"), [(3, 11), (8, 5)])
+def test_floranas_cross_products_are_the_dense_ones(k: int, n: int) -> None:
+    """<B_i A_k, sum_j w_j B_j A_j>, with more inputs than clients and with fewer."""
+    A, B = normal(1, k, 4, n), normal(2, k, 7, 4)
+    w = torch.arange(1.0, k + 1).double() / k
+    mean = torch.einsum("j,jmr,jrn->mn", w, B, A)
+    want = torch.einsum("imr,krn,mn->ik", B, A, mean)
+    assert_near(_cross(A, _products(A), _products(B.mT), w), want)
 
 
 def test_florana_is_never_worse_than_fedavg() -> None:
