@@ -67,7 +67,8 @@ SHARED = (
 )
 ARITHMETIC = (
     "attacks on floating-point arithmetic: noise has 53 random bits from the operating system and "
-    "is added in float64, its sum rounded to float32; the analysis is in real numbers"
+    "is added in float64, its sum rounded to float32; gradients have the rounding of the base's "
+    "precision; the analysis is in real numbers"
 )
 
 
