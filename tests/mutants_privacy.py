@@ -80,6 +80,17 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "rows of like length need no padding", "apart"),
     ("apart-not-asked", "client.py", "check_rows_apart(model, config.data.max_length)", "pass",
      "a whole private run of a model that mixes rows", "apart"),
+    # ------------------------------------------------------------ who is protected
+    ("split-of-the-whole-file", "data.py", 'if config.privacy.unit != "example":', "if True:",
+     "one row more moves hundreds of others", "data"),
+    ("split-by-place", "data.py",
+     "zip(table.texts, table.pairs or table.texts, table.labels, strict=True)",
+     "zip(map(str, range(len(table))), table.labels, strict=True)",
+     "a row's place depends on how many come before it", "data"),
+    ("one-row-is-kept", "data.py", "    if kept.size == 0:", "    if False:",
+     "a client without a row to train on", "data"),
+    ("simulation-not-named", "privacy/statement.py", "shared += [DEALT] if", "shared += [] if",
+     "epsilon of a simulated split is read as a federation's", "private_runs"),
     # ------------------------------------------------------------ the ledger
     ("open-intents-are-free", "privacy/ledger.py",
      "every = [one for intent in self.intents for one in intent.mechanisms]",

@@ -7,16 +7,18 @@ Made from the config, the ledgers and the log of a run directory, or from one le
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fedlora.privacy.ledger import LEDGERS, SUFFIX, Ledger, read_ledger
 from fedlora.rundir import Run, read_run
 
 NEIGHBOURS = {
     "example": (
-        "a client's training rows, what it holds out split off before, with one row more or less. "
-        "A person with several rows is protected less, by more than their number (docs/privacy.md)"
+        "a client's rows with one row more or less, the number of rows itself taken as public; "
+        "what is held out is decided for each row by itself. A person with several rows is "
+        "protected less, by more than their number (docs/privacy.md)"
     ),
     "client": ("a federation with one client's answers left out; who is asked is public"),
 }
@@ -50,7 +52,8 @@ COVERED = {
 SETTINGS = "the choice of settings: every other run on the same data has a budget of its own"
 OPEN = {
     "example": [
-        "the numbers of examples, of which the sampling rate and the weights are made",
+        "how many rows each client has: the log, every message and the weights tell it, and the "
+        "sampling rate is made of it",
         SETTINGS,
         "timing, sizes and who took part",
     ],
@@ -69,6 +72,12 @@ ARITHMETIC = (
     "attacks on floating-point arithmetic: noise has 53 random bits from the operating system and "
     "is added in float64, its sum rounded to float32; gradients have the rounding of the base's "
     "precision; the analysis is in real numbers"
+)
+
+
+DEALT = (
+    "how a single file was dealt to clients: one row more in it deals others anew, so that this "
+    "epsilon is of a simulated split, of the rows as they were dealt"
 )
 
 
@@ -91,6 +100,7 @@ def statement(path: Path) -> list[str]:
         )
     ledgers = [read_ledger(file) for file in sorted((path / LEDGERS).glob(f"*{SUFFIX}"))]
     shared = [SHARED] if unit == "example" and privacy["share_metrics"] else []
+    shared += [DEALT] if _is_dealt(run.config) else []
     mechanism = MECHANISMS[unit].format(clip=privacy["clip"], design=privacy["design"])
     lines = [
         f"Privacy of {run.name}",
@@ -111,6 +121,14 @@ def statement(path: Path) -> list[str]:
             "noised count that is charged by itself; noise follows the clip in force."
         )
     return lines
+
+
+def _is_dealt(config: Mapping[str, Any]) -> bool:
+    """Whether who has which row was drawn over all rows, as no real federation does."""
+    tables = {table: config.get(table, {}) for table in ("data", "flower", "partition")}
+    if tables["data"].get("clients") or tables["flower"].get("clients"):
+        return False
+    return tables["partition"].get("by") != "column" or bool(tables["data"].get("limit"))
 
 
 def _table(ledgers: Sequence[Ledger]) -> list[str]:
