@@ -91,6 +91,8 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "a client without a row to train on", "data"),
     ("simulation-not-named", "privacy/statement.py", "shared += [DEALT] if", "shared += [] if",
      "epsilon of a simulated split is read as a federation's", "private_runs"),
+    ("tuned-on-clients-rows", "sweep_plan.py", 'if config.privacy.unit == "client":', "if False:",
+     "settings are chosen on held-out rows, without noise", "sweep_plan"),
     # ------------------------------------------------------------ the ledger
     ("open-intents-are-free", "privacy/ledger.py",
      "every = [one for intent in self.intents for one in intent.mechanisms]",
