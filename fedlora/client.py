@@ -186,8 +186,9 @@ def _train(
         "steps": float(steps),
         "learning_rate_first": rates[0],
         "learning_rate_last": rates[-1],
-        "seconds_compute": seconds,
     }
+    if shares_metrics(config.privacy):  # a long row takes longer
+        metrics["seconds_compute"] = seconds
     if losses and shares_metrics(config.privacy):
         metrics["train_loss"] = float(torch.stack(losses).double().mean())
     if private is not None:

@@ -83,6 +83,26 @@ def test_figures_on_private_rows_are_let_out_only_if_asked_for(place: Place) -> 
     assert "let out as they are" in told(folder)
 
 
+def test_how_long_training_took_is_told_only_if_asked_for(place: Place) -> None:
+    """A long row makes a round longer: the time is a figure on private rows as the loss is."""
+    for name, shares in (("hidden", False), ("told", True)):
+        seen: list[dict[str, float]] = []
+        job = place.job(name, **PRIVATE, privacy__share_metrics=shares)
+        folder = execute(job, lambda event, facts, to=seen: keep_metrics(event, facts, to))
+        assert len(seen) == 6
+        assert all(("seconds_compute" in metrics) is shares for metrics in seen)
+        spent = [line["seconds"]["compute"] for line in records(folder)]
+        assert spent[0] == 0.0  # nobody trained
+        assert all((one is not None) is shares for one in spent[1:])
+        assert (summary(folder)["seconds"]["compute"] is not None) is shares
+        assert summary(folder)["seconds"]["total"] > 0
+
+
+def keep_metrics(event: str, facts: Any, to: list[dict[str, float]]) -> None:
+    if event == "fitted":
+        to.append(facts["metrics"])
+
+
 def killed_in_round(number: int) -> Callable[[str, Any], None]:
     def watch(event: str, facts: Any) -> None:
         if event == "fitted" and facts["round"] == number and facts["client"] == "1":
@@ -357,6 +377,7 @@ def test_nodes_keep_their_own_ledgers(place: Place) -> None:
         assert 7.9 < ledger.spent <= 8
     assert "as it says" in told(folder)
     assert records(folder)[-1]["clients"]["0"]["train_loss"] is None
+    assert records(folder)[-1]["seconds"]["compute"] is None
 
 
 def test_a_server_on_flower_charges_its_ledger(place: Place) -> None:

@@ -55,7 +55,7 @@ OPEN = {
         "how many rows each client has: the log, every message and the weights tell it, and the "
         "sampling rate is made of it",
         SETTINGS,
-        "timing, sizes and who took part",
+        "how long an answer takes (a long row takes longer), sizes and who took part",
     ],
     "client": [
         "clients from the server: it sees every update as it is",
@@ -65,8 +65,8 @@ OPEN = {
     ],
 }
 SHARED = (
-    "training loss and held-out scores: they were let out as they are, and whatever was chosen by "
-    "them (tuning, run.save_best)"
+    "training loss, held-out scores and seconds of training: they were let out as they are, and "
+    "whatever was chosen by them (tuning, run.save_best)"
 )
 ARITHMETIC = (
     "attacks on floating-point arithmetic: noise has 53 random bits from the operating system and "
