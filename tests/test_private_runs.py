@@ -360,6 +360,42 @@ def test_a_client_that_fails_adds_nothing_and_stops_nothing(
     assert [one["client"] for one in records(folder)[-1]["failures"]] == ["1"]
 
 
+def card_of(folder: Path) -> str:
+    return (folder / "adapter" / "README.md").read_text()
+
+
+def test_the_card_of_a_private_adapter_tells_nothing_of_single_clients(place: Place) -> None:
+    """It goes out with the adapter: what it tells must be public, or noised."""
+    public, own = {}, {"data__evaluate": ""}
+    for name, unit, data, scored in (
+        ("open", {}, own, True),
+        ("example", PRIVATE, public, True),
+        ("shared", {**PRIVATE, "privacy__share_metrics": True}, own, True),
+        ("clients", TRUSTED, public, True),
+        ("own", TRUSTED, own, False),
+    ):
+        folder = started_as(place, name, **unit, **data)
+        card, private = card_of(folder), bool(unit)
+        assert ("accuracy" in card) is scored, name
+        for word in ("| client |", "| 0 |", "held out", "Peak memory"):
+            assert (word in card) is not private, (name, word)
+        assert ("Communication" in card) is (unit is not TRUSTED), name
+        assert ("not told" in card) is private
+        assert "# run" in card
+        assert "Trainable parameters: " in card
+
+
+def started_as(place: Place, name: str, **settings: Any) -> Path:
+    config = place.config(name, **{"run__name": "run", **settings})
+    return execute(prepare(config))
+
+
+def test_the_statement_names_the_files_that_have_figures_of_clients(place: Place) -> None:
+    text = told(started(place, **TRUSTED))
+    assert "metrics.jsonl, summary.json" in text
+    assert "the adapter's README.md has none of it" in text
+
+
 # ---------------------------------------------------------------- on Flower
 
 

@@ -59,7 +59,8 @@ OPEN = {
     ],
     "client": [
         "clients from the server: it sees every update as it is",
-        "what the server logs of single clients (metrics.jsonl, clients): keep it there",
+        "what the server keeps of single clients, without noise (metrics.jsonl, summary.json: who "
+        "answered, rows, scores on held-out rows): the adapter's README.md has none of it",
         SETTINGS,
         "timing, sizes and who took part",
     ],
