@@ -144,7 +144,8 @@ def test_a_run_that_was_resumed_never_goes_beyond_its_budget(place: Place) -> No
 
 
 POINTS = ["fsync:8", "fsyncd:8", "fsync:9", "fsyncd:9", "fit:2", "fitted:2", "fitted:5", "half:1",
-          "half:2", "replace:6", "replaced:6", "round:2"]  # fmt: skip
+          "half:2", "replace:3", "replaced:3", "replace:4", "replaced:4", "replace:6", "replaced:6",
+          "replace:7", "replaced:7", "round:2"]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -196,9 +197,51 @@ def test_a_ledger_that_is_gone_ends_the_run(place: Place) -> None:
     with pytest.raises(KeyboardInterrupt):
         started(place, killed_in_round(2), **PRIVATE, privacy__rounds=5)
     folder = place.folder / "run"
-    (folder / LEDGERS / "2.ledger").unlink()
+    remove_ledger(folder, "2")  # what is left to tell is the checkpoint
     with pytest.raises(ValueError, match=r"2\.ledger is not the ledger that this run went on with"):
         resumed(folder, place.config("run", **PRIVATE, privacy__rounds=5))
+
+
+@pytest.mark.parametrize("reached", [1, 2])
+def test_a_shortened_ledger_ends_a_run_before_and_after_its_first_checkpoint(
+    place: Place, reached: int
+) -> None:
+    """What was written after the last checkpoint is of no checkpoint yet."""
+    settings = {**PRIVATE, "privacy__rounds": 5}
+    with pytest.raises(KeyboardInterrupt):
+        started(place, killed_in_round(reached), **settings)
+    folder = place.folder / "run"
+    path = folder / LEDGERS / "0.ledger"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]))
+    for act in (lambda: find(folder), lambda: told(folder)):
+        with pytest.raises(ValueError, match=r"0\.ledger .* lines are missing"):
+            act()
+    path.unlink()
+    with pytest.raises(ValueError, match=r"0\.ledger .* lines are missing"):
+        find(folder)
+
+
+def remove_ledger(folder: Path, owner: str) -> None:
+    """With its head, so that nothing beside it tells."""
+    for suffix in (".ledger", ".head"):
+        (folder / LEDGERS / f"{owner}{suffix}").unlink()
+
+
+def test_no_epsilon_is_printed_where_a_ledger_is_missing(place: Place) -> None:
+    """The largest of those that are left is not the largest of all."""
+    folder = started(place, **PRIVATE)
+    remove_ledger(folder, "1")
+    with pytest.raises(ValueError, match=r"client 1 .*run/ledgers/1\.ledger is missing: restore"):
+        told(folder)
+    trusted = execute(prepare(place.config("trusted", **TRUSTED)))
+    remove_ledger(trusted, "server")
+    with pytest.raises(ValueError, match=r"server\.ledger is missing"):
+        told(trusted)
+    (trusted / LEDGERS / ".lock").unlink(missing_ok=True)
+    (trusted / LEDGERS).rmdir()
+    with pytest.raises(ValueError, match=r"server\.ledger is missing"):
+        told(trusted)
 
 
 def test_without_a_public_evaluation_set_private_rows_would_be_scored(place: Place) -> None:

@@ -11,7 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.privacy.ledger import LEDGERS, SUFFIX, Ledger, read_ledger
+from fedlora.privacy.ledger import (
+    LEDGERS,
+    SUFFIX,
+    Ledger,
+    check_heads,
+    ledger_path,
+    read_ledger,
+)
 from fedlora.rundir import Run, read_run
 
 NEIGHBOURS = {
@@ -85,7 +92,7 @@ DEALT = (
 def statement(path: Path) -> list[str]:
     """The lines of the statement of a run directory or of one ledger file.
 
-    ValueError where there is no privacy to speak of, or a ledger was edited.
+    ValueError where there is no privacy to speak of, or a ledger was edited, cut or is missing.
     """
     if path.is_file():
         ledger = read_ledger(path)
@@ -99,7 +106,7 @@ def statement(path: Path) -> list[str]:
             f"{path} was trained without privacy (privacy.unit = 'none'): nothing bounds what "
             "its adapter tells about the data"
         )
-    ledgers = [read_ledger(file) for file in sorted((path / LEDGERS).glob(f"*{SUFFIX}"))]
+    ledgers = _ledgers(run, unit)
     shared = [SHARED] if unit == "example" and privacy["share_metrics"] else []
     shared += [DEALT] if _is_dealt(run.config) else []
     mechanism = MECHANISMS[unit].format(clip=privacy["clip"], design=privacy["design"])
@@ -122,6 +129,27 @@ def statement(path: Path) -> list[str]:
             "noised count that is charged by itself; noise follows the clip in force."
         )
     return lines
+
+
+def _ledgers(run: Run, unit: str) -> list[Ledger]:
+    """All ledgers of a run; none where clients keep their own. ValueError for one that is missing.
+
+    Who must have one is in the log: each client that reported its epsilon, or the server.
+    """
+    folder = run.path / LEDGERS
+    check_heads(folder, {})
+    ledgers = [read_ledger(file) for file in sorted(folder.glob(f"*{SUFFIX}"))]
+    trained = any(line["round"] > 0 for line in run.rounds)
+    owners = {"server"} if unit == "client" and trained else set()
+    if unit == "example" and folder.is_dir():
+        owners = set(_told_epsilons(run))
+    for owner in sorted(owners - {ledger.path.stem for ledger in ledgers}):
+        raise ValueError(
+            f"{'the' if unit == 'client' else 'client'} {owner} drew noise in this run, its ledger "
+            f"{ledger_path(folder, owner)} is missing: restore it; without it nobody knows what "
+            "was spent, and no epsilon is told"
+        )
+    return ledgers
 
 
 def _is_dealt(config: Mapping[str, Any]) -> bool:
@@ -154,20 +182,26 @@ def _table(ledgers: Sequence[Ledger]) -> list[str]:
 
 def _reported(run: Run) -> list[str]:
     """What clients that keep their own ledgers said of them."""
-    found: dict[str, float] = {}
-    for line in run.rounds:
-        for client, told in line["clients"].items():
-            if "epsilon" in told:
-                found[client] = float(told["epsilon"])
+    found = _told_epsilons(run)
     if not found:
         return ["Epsilon: nothing was spent yet"]
     most = _rounded_up(max(found.values()))
     lines = [f"  {client}: epsilon {_rounded_up(e)}, as it says" for client, e in found.items()]
     last = (
-        f"Epsilon: at least {most} (the largest of what clients reported; their ledgers, which "
-        "have the rounds whose replies were lost too, are on the clients)"
+        f"Epsilon: at least {most} (the largest of what clients reported; the run directory has no "
+        "ledgers: across machines they are on the clients, with the rounds whose replies were lost)"
     )
     return [*lines, last]
+
+
+def _told_epsilons(run: Run) -> dict[str, float]:
+    """The last epsilon that each client reported."""
+    return {
+        client: float(told["epsilon"])
+        for line in run.rounds
+        for client, told in line["clients"].items()
+        if "epsilon" in told
+    }
 
 
 def _rounded_up(epsilon: float) -> str:
