@@ -25,6 +25,7 @@ from fedlora.evaluate import Scores, autocast, evaluate
 from fedlora.model import Model, read_adapter, train_only, write_adapter
 from fedlora.moments import moments, restore, transported
 from fedlora.partition import Rows
+from fedlora.privacy.apart import check_rows_apart
 from fedlora.privacy.example import Budgets, planned_round
 from fedlora.privacy.plan import hides_evaluation
 from fedlora.rules import Plan
@@ -41,9 +42,9 @@ def make_fit(model: Model, data: Data, config: Config, ledgers: Path | None = No
 
     With `privacy.unit = "example"` it is private, and `ledgers` the folder of the clients' ledgers.
     Raises ValueError, naming the client, where the loss or the weights cease to be finite, or where
-    its privacy budget is spent.
+    its privacy budget is spent; before any training for a model that cannot be private.
     """
-    private = _private(config, ledgers)
+    private = _private(model, config, ledgers)
 
     def fit(
         client: str, round: int, plan: Plan, adapter: Adapter, state: ClientState
@@ -185,8 +186,9 @@ def _train(
         "steps": float(steps),
         "learning_rate_first": rates[0],
         "learning_rate_last": rates[-1],
-        "seconds_compute": seconds,
     }
+    if shares_metrics(config.privacy):  # a long row takes longer
+        metrics["seconds_compute"] = seconds
     if losses and shares_metrics(config.privacy):
         metrics["train_loss"] = float(torch.stack(losses).double().mean())
     if private is not None:
@@ -271,11 +273,12 @@ def _losses(model: Model, network: nn.Module, data: Data, rows: Rows) -> Tensor:
     return cross_entropy(logits.float(), labels, reduction="none")
 
 
-def _private(config: Config, ledgers: Path | None) -> Budgets | None:
+def _private(model: Model, config: Config, ledgers: Path | None) -> Budgets | None:
     if config.privacy.unit != "example":
         return None
     if ledgers is None:
         raise ValueError("example-level privacy needs a folder for the clients' ledgers")
+    check_rows_apart(model, config.data.max_length)
     return Budgets(config, ledgers)
 
 

@@ -126,14 +126,15 @@ def read_silos(config: Config) -> Silos:
 
 
 def tokenised(config: Config, silos: Silos, tokenizer: Any) -> Data:
-    """Tokenises every text once and splits off what each client holds out (seeded, by label)."""
+    """Tokenises every text once and splits off what each client holds out (seeded, by label; under
+    example-level privacy each row by itself).
+
+    ValueError where there is nothing to train or to evaluate on.
+    """
     rows: Parts = {}
     heldout: Parts = {}
     for client, own in sorted(silos.parts.items()):
-        stream = numpy_generator(config.run.seed, "holdout", client)
-        rows[client], heldout[client] = partition.split_off(
-            own, silos.label_ids, config.data.holdout, stream
-        )
+        rows[client], heldout[client] = _split(config, silos, client, own)
     train = encode(silos.table, silos.label_ids, tokenizer, config.data.max_length)
     if silos.evaluation is None:
         pooled = np.sort(np.concatenate(list(heldout.values())))
@@ -168,6 +169,23 @@ def encode(table: Table, ids: Sequence[int], tokenizer: Any, max_length: int) ->
         row = int(np.argmin(lengths)) + 1
         raise ValueError(f"{table.source}, row {row}: the text is empty, it has no token to read")
     return Examples(inputs, np.array(ids, dtype=np.int64), lengths, padding)
+
+
+def _split(config: Config, silos: Silos, client: str, own: Rows) -> tuple[Rows, Rows]:
+    """What a client trains on and what it holds out."""
+    share, seed = config.data.holdout, config.run.seed
+    if config.privacy.unit != "example":
+        stream = numpy_generator(seed, "holdout", client)
+        return partition.split_off(own, silos.label_ids, share, stream)
+    table = silos.table
+    contents = list(zip(table.texts, table.pairs or table.texts, table.labels, strict=True))
+    kept, held = partition.split_each(own, contents, share, seed, client)
+    if kept.size == 0:
+        raise ValueError(
+            f"client {client} would hold out each of its {own.size} rows (data.holdout = {share}): "
+            "hold out less, or give it more rows"
+        )
+    return kept, held
 
 
 def _client_tables(settings: DataSettings) -> tuple[Table, Parts]:

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.seeding import derive
+
 Rows: TypeAlias = NDArray[np.int64]
 Parts: TypeAlias = dict[str, Rows]
 
@@ -103,6 +105,19 @@ def split_off(
     if apart.size == rows.size:
         apart = apart[1:]
     return np.setdiff1d(rows, apart), apart
+
+
+def split_each(
+    rows: Rows, contents: Sequence[Sequence[str]], share: float, seed: int, client: str
+) -> tuple[Rows, Rows]:
+    """(kept, held out): each row by itself with probability `share`, whatever the others are.
+
+    By a hash of seed, client and the row's `contents`, its texts and its label: files that differ
+    in one row are split alike but for that row, as privacy asks. Either side may be empty.
+    """
+    drawn = [derive(seed, "holdout", client, *contents[row]) for row in rows]
+    held = np.array(drawn, dtype=np.float64) < share * 2.0**63
+    return rows[~held], rows[held]
 
 
 def label_counts(parts: Parts, labels: Sequence[int], classes: int) -> dict[str, list[int]]:

@@ -205,6 +205,7 @@ def _save(job: Job, done: _Done, sizes: Mapping[str, Any], stopped: str) -> None
         base=base_count(job.model),
         interrupted=bool(stopped),
     )
+    summary["own_evaluation"] = job.data.own_evaluation
     if stopped:
         summary["stopped_by"] = stopped
     wanted = {"adapter": done.adapters}

@@ -21,10 +21,9 @@ from fedlora.modes import GLOBAL, Step
 Record: TypeAlias = dict[str, Any]
 SECONDS = ("compute", "evaluate", "aggregate", "total")
 FIGURES = (  # that every client reports of its training
-    "steps", "trained", "learning_rate_first", "learning_rate_last", "seconds_compute",
-    "seconds_evaluate",
+    "steps", "trained", "learning_rate_first", "learning_rate_last", "seconds_evaluate",
 )  # fmt: skip
-OPTIONAL = ("train_loss", "epsilon")  # the loss is private, and epsilon is of private training
+OPTIONAL = ("train_loss", "seconds_compute", "epsilon")  # private, private, of private training
 KINDS = ("evaluation", "heldout")  # what it may have evaluated on, each with all of the SCORES
 SCORES = ("accuracy", "macro_f1", "loss", "examples")
 
@@ -58,8 +57,8 @@ def round_record(
     are of the client's adapter before the merge.
 
     Losses are in nats, bytes are those of the arrays, seconds are wall-clock: `compute` is forward,
-    backward and optimiser steps, `total` the whole round with evaluation. `budget` as in
-    `budget_record`.
+    backward and optimiser steps (None where a client does not let its own out), `total` the whole
+    round with evaluation. `budget` as in `budget_record`.
     """
     results = step.results if step else []
     metrics = [result.metrics for result in results]
@@ -89,7 +88,7 @@ def round_record(
         "bytes_up": step.bytes_up if step else 0,
         "bytes_down": step.bytes_down if step else 0,
         "seconds": {
-            "compute": sum(m["seconds_compute"] for m in metrics),
+            "compute": _sum([m.get("seconds_compute") for m in metrics]),
             "evaluate": evaluate,
             "aggregate": step.seconds_aggregate if step else 0.0,
             "total": seconds_total,
@@ -142,7 +141,7 @@ def summary_record(
         "bytes_up_total": sum(record["bytes_up"] for record in records),
         "bytes_down_total": sum(record["bytes_down"] for record in records),
         "full_finetuning_bytes_total": 2 * 4 * base * exchanges,
-        "seconds": {key: sum(spent[key] for spent in seconds) for key in SECONDS},
+        "seconds": {key: _sum([spent[key] for spent in seconds]) for key in SECONDS},
     }
 
 
@@ -164,6 +163,12 @@ def peak_memory() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = (own or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss])[0] * unit
     return peak + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """The sum, None where a value is not known."""
+    known = [value for value in values if value is not None]
+    return float(sum(known)) if len(known) == len(values) else None
 
 
 def _trained(records: Sequence[Record]) -> int:

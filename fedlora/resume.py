@@ -67,6 +67,7 @@ def find(folder: Path, config: Config | None = None) -> tuple[Config, Resumed]:
     checkpoint: Checkpoint | None = None
     problems: list[str] = []
     log = records(folder)
+    check_heads(folder / LEDGERS, {})
     if any((folder / CHECKPOINTS).glob("round-*.ckpt")):
         checkpoint, problems = latest_checkpoint(folder / CHECKPOINTS)
         check_heads(folder / LEDGERS, checkpoint.notes.get("ledgers", {}))

@@ -90,18 +90,11 @@ def versions() -> dict[str, str]:
 
 
 def model_card(config: Config, summary: Mapping[str, Any], base: str) -> str:
-    """The adapter's README: method, data sizes, scores, cost, with the metadata that hubs read."""
-    final = summary.get("final") or {}
-    scores = ", ".join(
-        f"{name} {final[key]:.4f}"
-        for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1"), ("loss", "loss"))
-        if key in final
-    )
-    sizes = "\n".join(
-        f"| {client} | {rows['train']:,} | {rows['heldout']:,} |"
-        for client, rows in summary["clients"].items()
-    )
-    full = summary["full_finetuning_bytes_total"]
+    """The adapter's README: method, scores, cost, data sizes, with the metadata that hubs read.
+
+    It goes out with the adapter: under privacy it has no figures of single clients.
+    """
+    facts = "\n".join(f"* {fact}" for fact in _facts(config, summary))
     return f"""---
 base_model: {base}
 library_name: peft
@@ -114,22 +107,52 @@ A LoRA adapter for `{base}`, trained with [fedlora](https://pypi.org/project/fed
 **{config.run.mode}**{_method(config)}, rank {config.model.rank}, alpha {config.model.alpha:g}, \
 seed {config.run.seed}, {summary["rounds"]} rounds.
 
-* Evaluation on {final.get("examples", 0):,} examples: {scores or "none"}.
-* Labels in the order of their ids: {", ".join(summary["labels"])}.
-* Trainable parameters: {summary["trainable_parameters"]:,} beside {summary["base_parameters"]:,} \
-frozen ones ({summary["trainable_parameters"] / summary["base_parameters"]:.2%}).
-* Communication: {megabytes(summary["bytes_up_total"])} up, \
-{megabytes(summary["bytes_down_total"])} down, all clients and rounds; full fine-tuning would have \
-moved {megabytes(full)}.
-* Peak memory of the process: {megabytes(summary["peak_memory_bytes"])}.
+{facts}
 
-| client | training rows | held out |
-|---|---|---|
-{sizes}
+{_sizes(config, summary)}
 
 Load it with `PeftModel.from_pretrained(base, folder)` on the base named above, made for \
 {len(summary["labels"])} labels. The whole configuration is in the run directory's `config.toml`.
 """
+
+
+def _facts(config: Config, summary: Mapping[str, Any]) -> list[str]:
+    """Scores and costs; what is measured on private rows or by who answered is left out."""
+    unit, final = config.privacy.unit, summary.get("final") or {}
+    scores = ", ".join(
+        f"{name} {final[key]:.4f}"
+        for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1"), ("loss", "loss"))
+        if key in final
+    )
+    trained, frozen = summary["trainable_parameters"], summary["base_parameters"]
+    facts = [
+        f"Evaluation on {final.get('examples', 0):,} examples: {scores or 'none'}.",
+        f"Labels in the order of their ids: {', '.join(summary['labels'])}.",
+        f"Trainable parameters: {trained:,} beside {frozen:,} frozen ones "
+        f"({trained / frozen:.2%}).",
+    ]
+    if unit == "client" and summary["own_evaluation"]:
+        facts[0] = "Evaluation: on clients' own rows, without noise, so that it is not told here."
+    if unit != "client":
+        facts.append(
+            f"Communication: {megabytes(summary['bytes_up_total'])} up, "
+            f"{megabytes(summary['bytes_down_total'])} down, all clients and rounds; full "
+            f"fine-tuning would have moved {megabytes(summary['full_finetuning_bytes_total'])}."
+        )
+    if unit == "none":
+        facts.append(f"Peak memory of the process: {megabytes(summary['peak_memory_bytes'])}.")
+    return facts
+
+
+def _sizes(config: Config, summary: Mapping[str, Any]) -> str:
+    """How many rows each client has, unless the run is private."""
+    if config.privacy.unit != "none":
+        return f"Each {config.privacy.unit} is private; sizes of single clients are not told here."
+    rows = [
+        f"| {client} | {rows['train']:,} | {rows['heldout']:,} |"
+        for client, rows in summary["clients"].items()
+    ]
+    return "\n".join(["| client | training rows | held out |", "|---|---|---|", *rows])
 
 
 def megabytes(count: int) -> str:

@@ -270,7 +270,8 @@ class PrivacySettings:
         "pld", "how epsilon is composed: pld is tighter, rdp faster", choices=("pld", "rdp")
     )
     share_metrics: bool = setting(
-        False, "let figures on private rows (training loss, held-out scores) out, unprotected"
+        False,
+        "let figures on private rows (training loss and time, held-out scores) out, unprotected",
     )
 
 

@@ -257,14 +257,20 @@ def _check(sweep: Sweep, tune: Sequence[str]) -> None:
     if both := sorted(set(sweep.seeds) & set(sweep.tune_seeds)):
         raise ValueError(f"seed {both[0]} is in seeds and in tune_seeds: tune on other seeds")
     for method, case in sweep.groups:
-        trials = sweep.tuning_trials(method, case)
-        if trials and not _scores_heldout(trials[0].config):
-            raise ValueError(
-                "sweep.tune needs data.holdout above 0, and with privacy privacy.share_metrics: it "
-                "chooses on held-out rows"
-            )
+        for trial in sweep.tuning_trials(method, case):
+            _check_tuning(trial.config)
         sweep.trials(method, case, sweep.sole_point(method))
 
 
-def _scores_heldout(config: Config) -> bool:
-    return config.data.holdout > 0 and shares_metrics(config.privacy)
+def _check_tuning(config: Config) -> None:
+    """ValueError where there are no held-out scores to choose on, or they may not be looked at."""
+    if config.privacy.unit == "client":
+        raise ValueError(
+            "sweep.tune does not go with privacy.unit = 'client': it chooses on the clients' "
+            "held-out rows, without noise; tune on public data without privacy and set the values"
+        )
+    if config.data.holdout == 0 or not shares_metrics(config.privacy):
+        raise ValueError(
+            "sweep.tune needs data.holdout above 0, and with privacy privacy.share_metrics: it "
+            "chooses on held-out rows"
+        )

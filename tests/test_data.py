@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,98 @@ def test_what_a_client_holds_out_is_its_own_draw(files: Callable[..., dict[str, 
     assert (many.heldout["a"] + 40).tolist() != many.heldout["b"].tolist()
     other = data_of("", data__clients=both, data__labels=["x", "y"], run__seed=1)
     assert other.heldout["a"].tolist() != many.heldout["a"].tolist()
+
+
+PRIVATE = {"privacy__unit": "example"}
+OWN = [(f"good film {number}", LABELS[number % 2]) for number in range(200)]
+NEW = ("so very warm", "pos")
+
+
+def placed(folder: Path, rows: list[tuple[str, str]], **changes: Any) -> dict[str, Counter]:
+    """Which rows a client with this file trains on, and which it holds out."""
+    files = {
+        "a": str(write_csv(folder / "a.csv", rows)),
+        "b": str(write_csv(folder / "b.csv", OWN)),
+    }
+    data = data_of("", data__clients=files, data__labels=list(LABELS), **changes)
+    return {
+        "kept": Counter(rows[row] for row in data.rows["a"]),
+        "held": Counter(rows[row] for row in data.heldout["a"]),
+    }
+
+
+@pytest.mark.parametrize("at", [0, 77, 200])
+@pytest.mark.parametrize("new", [*[(f"warm {n}", "neg") for n in range(6)], OWN[3]])
+def test_a_row_more_changes_its_own_place_alone_under_privacy(
+    tmp_path: Path, at: int, new: tuple[str, str]
+) -> None:
+    """Neighbours differ in one training row or in none; also where the row is there twice."""
+    before = placed(tmp_path, OWN, **PRIVATE)
+    after = placed(tmp_path, [*OWN[:at], new, *OWN[at:]], **PRIVATE)
+    assert before["kept"] - after["kept"] == before["held"] - after["held"] == Counter()
+    more = [after[place] - before[place] for place in ("kept", "held")]
+    assert sum(more, Counter()) == Counter([new])
+
+
+@pytest.mark.parametrize("at", [0, 1, 120, 199])
+def test_a_row_less_or_relabelled_changes_its_own_place_alone_under_privacy(
+    tmp_path: Path, at: int
+) -> None:
+    before = placed(tmp_path, OWN, **PRIVATE)
+    less = placed(tmp_path, [*OWN[:at], *OWN[at + 1 :]], **PRIVATE)
+    gone = [before[place] - less[place] for place in ("kept", "held")]
+    assert sum(gone, Counter()) == Counter([OWN[at]])
+    assert less["kept"] - before["kept"] == less["held"] - before["held"] == Counter()
+    other = (OWN[at][0], LABELS[1 - LABELS.index(OWN[at][1])])
+    turned = placed(tmp_path, [*OWN[:at], other, *OWN[at + 1 :]], **PRIVATE)
+    new = [turned[place] - before[place] for place in ("kept", "held")]
+    assert sum(new, Counter()) == Counter([other])
+    old = [before[place] - turned[place] for place in ("kept", "held")]
+    assert sum(old, Counter()) == Counter([OWN[at]])
+
+
+def test_without_privacy_the_split_keeps_the_mix_of_labels(tmp_path: Path) -> None:
+    """And is of the whole file: one row more may move others."""
+    before, after = placed(tmp_path, OWN), placed(tmp_path, [NEW, *OWN])
+    assert Counter(label for _, label in before["held"].elements()) == {"neg": 25, "pos": 25}
+    assert sum((after["kept"] - before["kept"]).values()) > 1
+
+
+def test_what_is_held_out_under_privacy_is_about_the_share_and_the_seeds(tmp_path: Path) -> None:
+    drawn = [placed(tmp_path, OWN, **PRIVATE, run__seed=seed)["held"] for seed in (0, 0, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2] != drawn[3]
+    sizes = [held.total() for held in drawn]
+    assert all(25 < size < 80 for size in sizes)  # 50 expected, with a deviation of 6
+    public = {"data__holdout": 0.0, "data__evaluate": str(tmp_path / "b.csv")}
+    nothing = placed(tmp_path, OWN, **PRIVATE, **public)
+    assert nothing["held"].total() == 0
+    both = data_of(
+        "", data__clients={name: str(tmp_path / "b.csv") for name in "ab"},
+        data__labels=list(LABELS), **PRIVATE,
+    )  # fmt: skip
+    assert (both.heldout["a"] + 200).tolist() != both.heldout["b"].tolist()
+
+
+def test_the_second_text_of_a_pair_is_part_of_its_row(tmp_path: Path) -> None:
+    rows = [("good", f"film {number}", LABELS[number % 2]) for number in range(100)]
+    file = write_csv(tmp_path / "p.csv", rows, ("sentence1", "sentence2", "label"))
+    data = data_of("", data__clients={"a": str(file)}, data__labels=list(LABELS), **PRIVATE)
+    assert 5 < data.heldout["a"].size < 50
+
+
+def test_a_client_that_would_hold_out_everything_is_told(tmp_path: Path) -> None:
+    """Keeping one all the same would let its place depend on the other rows."""
+    rows = [(f"good film {number}", LABELS[number]) for number in range(2)]
+    told = []
+    for seed in range(20):
+        try:
+            placed(tmp_path, rows, **PRIVATE, data__holdout=0.9, run__seed=seed)
+        except ValueError as error:
+            told.append(str(error))
+    assert told
+    assert (
+        "client a would hold out each of its 2 rows (data.holdout = 0.9): hold out less" in told[0]
+    )
 
 
 def test_without_an_evaluation_set_the_held_out_rows_of_all_evaluate(train: Path) -> None:

@@ -130,6 +130,7 @@ def test_an_edited_ledger_is_refused(path: Path, what: str, edit) -> None:
 def test_a_line_cut_short_by_a_crash_was_never_drawn_for(path: Path, cut: int) -> None:
     lines = written(path)
     path.write_bytes(b"".join(lines)[:-cut])
+    path.with_suffix(".head").write_text(json.loads(lines[-2])["hash"])  # its own was not written
     assert [one.round for one in read_ledger(path).intents] == [1, 2]
     intend(path, TERMS, 3, [STEP])
     assert path.read_bytes() == b"".join(lines)
@@ -155,6 +156,87 @@ def test_a_ledger_that_was_shortened_or_replaced_is_noticed(path: Path) -> None:
     path.unlink()
     with pytest.raises(ValueError, match="lines are missing"):
         check_heads(path.parent, known)
+
+
+@pytest.mark.parametrize("left", [1, 2, 3, 4])
+def test_a_ledger_that_is_behind_its_head_is_refused(path: Path, left: int) -> None:
+    """Lines cut off the end, by whom ever: those before still hash on, but are not all."""
+    path.write_bytes(b"".join(written(path)[:left]))
+    before = path.read_bytes()
+    for reads in (
+        read_ledger,
+        lambda path: intend(path, TERMS, 4, [STEP]),
+        lambda path: close(path, 3),
+    ):
+        with pytest.raises(ValueError, match=r"hospital-a\.ledger .* lines are missing"):
+            reads(path)
+    assert path.read_bytes() == before
+
+
+def test_a_last_line_that_was_synced_is_not_taken_for_one_cut_short(path: Path) -> None:
+    path.write_bytes(b"".join(written(path))[:-1])
+    with pytest.raises(ValueError, match="lines are missing"):
+        intend(path, TERMS, 4, [STEP])
+
+
+def test_a_ledger_that_is_gone_is_not_opened_anew(path: Path) -> None:
+    """Its head is still there; before a run's first checkpoint nothing else tells."""
+    written(path)
+    path.unlink()
+    with pytest.raises(ValueError, match="lines are missing"):
+        intend(path, TERMS, 4, [STEP])
+    with pytest.raises(ValueError, match="lines are missing"):
+        check_heads(path.parent, {})
+    assert not path.exists()
+
+
+def test_a_ledger_whose_head_is_gone_is_read_and_not_gone_on_with(path: Path) -> None:
+    written(path)
+    path.with_suffix(".head").unlink()
+    assert len(read_ledger(path).intents) == 3
+    with pytest.raises(ValueError, match="lines are missing"):
+        intend(path, TERMS, 4, [STEP])
+
+
+@pytest.mark.parametrize("lines", [1, 2, 3])
+def test_a_crash_between_a_line_and_its_head_stops_nothing(path: Path, lines: int) -> None:
+    """The line is on disk and counts, though nothing was drawn for it yet."""
+    heads_then: list[str | None] = [None]
+    head = path.with_suffix(".head")
+    open_ledger(path, TERMS)
+    for round in (1, 2):
+        heads_then.append(head.read_text())
+        intend(path, TERMS, round, [STEP])
+    if lines == 1:
+        path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    if lines == 2:
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    before = heads_then[lines - 1]
+    head.unlink()
+    if before is not None:
+        head.write_text(before)
+    assert len(read_ledger(path).intents) == lines - 1
+    intend(path, TERMS, 3, [STEP])
+    assert [one.round for one in read_ledger(path).intents] == [*range(1, lines), 3]
+    check_heads(path.parent, {})
+
+
+def test_the_head_is_synced_before_the_charge_is_told(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ledger first, then head: the other way round a crash would look like a cut."""
+    told: list[str] = []
+    real, replace = os.fsync, os.replace
+
+    def fsync(handle: int) -> None:
+        told.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        real(handle)
+
+    open_ledger(path, TERMS)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda *args: (told.append("replace"), replace(*args)))
+    intend(path, TERMS, 1, [STEP])
+    assert told == ["hospital-a.ledger", ".hospital-a.head.tmp", "replace", "ledgers"]
 
 
 def test_all_ledgers_of_a_folder_are_closed(tmp_path: Path) -> None:

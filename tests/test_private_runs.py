@@ -12,6 +12,7 @@ import pytest
 from bench import Place, records, summary
 from crashes import killed_at
 from flower_grid import LocalGrid
+from tiny import LABELS, toy_rows, write_csv
 from typer.testing import CliRunner
 
 from fedlora import run
@@ -82,6 +83,26 @@ def test_figures_on_private_rows_are_let_out_only_if_asked_for(place: Place) -> 
     assert "let out as they are" in told(folder)
 
 
+def test_how_long_training_took_is_told_only_if_asked_for(place: Place) -> None:
+    """A long row makes a round longer: the time is a figure on private rows as the loss is."""
+    for name, shares in (("hidden", False), ("told", True)):
+        seen: list[dict[str, float]] = []
+        job = place.job(name, **PRIVATE, privacy__share_metrics=shares)
+        folder = execute(job, lambda event, facts, to=seen: keep_metrics(event, facts, to))
+        assert len(seen) == 6
+        assert all(("seconds_compute" in metrics) is shares for metrics in seen)
+        spent = [line["seconds"]["compute"] for line in records(folder)]
+        assert spent[0] == 0.0  # nobody trained
+        assert all((one is not None) is shares for one in spent[1:])
+        assert (summary(folder)["seconds"]["compute"] is not None) is shares
+        assert summary(folder)["seconds"]["total"] > 0
+
+
+def keep_metrics(event: str, facts: Any, to: list[dict[str, float]]) -> None:
+    if event == "fitted":
+        to.append(facts["metrics"])
+
+
 def killed_in_round(number: int) -> Callable[[str, Any], None]:
     def watch(event: str, facts: Any) -> None:
         if event == "fitted" and facts["round"] == number and facts["client"] == "1":
@@ -123,7 +144,8 @@ def test_a_run_that_was_resumed_never_goes_beyond_its_budget(place: Place) -> No
 
 
 POINTS = ["fsync:8", "fsyncd:8", "fsync:9", "fsyncd:9", "fit:2", "fitted:2", "fitted:5", "half:1",
-          "half:2", "replace:6", "replaced:6", "round:2"]  # fmt: skip
+          "half:2", "replace:3", "replaced:3", "replace:4", "replaced:4", "replace:6", "replaced:6",
+          "replace:7", "replaced:7", "round:2"]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -175,9 +197,51 @@ def test_a_ledger_that_is_gone_ends_the_run(place: Place) -> None:
     with pytest.raises(KeyboardInterrupt):
         started(place, killed_in_round(2), **PRIVATE, privacy__rounds=5)
     folder = place.folder / "run"
-    (folder / LEDGERS / "2.ledger").unlink()
+    remove_ledger(folder, "2")  # what is left to tell is the checkpoint
     with pytest.raises(ValueError, match=r"2\.ledger is not the ledger that this run went on with"):
         resumed(folder, place.config("run", **PRIVATE, privacy__rounds=5))
+
+
+@pytest.mark.parametrize("reached", [1, 2])
+def test_a_shortened_ledger_ends_a_run_before_and_after_its_first_checkpoint(
+    place: Place, reached: int
+) -> None:
+    """What was written after the last checkpoint is of no checkpoint yet."""
+    settings = {**PRIVATE, "privacy__rounds": 5}
+    with pytest.raises(KeyboardInterrupt):
+        started(place, killed_in_round(reached), **settings)
+    folder = place.folder / "run"
+    path = folder / LEDGERS / "0.ledger"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]))
+    for act in (lambda: find(folder), lambda: told(folder)):
+        with pytest.raises(ValueError, match=r"0\.ledger .* lines are missing"):
+            act()
+    path.unlink()
+    with pytest.raises(ValueError, match=r"0\.ledger .* lines are missing"):
+        find(folder)
+
+
+def remove_ledger(folder: Path, owner: str) -> None:
+    """With its head, so that nothing beside it tells."""
+    for suffix in (".ledger", ".head"):
+        (folder / LEDGERS / f"{owner}{suffix}").unlink()
+
+
+def test_no_epsilon_is_printed_where_a_ledger_is_missing(place: Place) -> None:
+    """The largest of those that are left is not the largest of all."""
+    folder = started(place, **PRIVATE)
+    remove_ledger(folder, "1")
+    with pytest.raises(ValueError, match=r"client 1 .*run/ledgers/1\.ledger is missing: restore"):
+        told(folder)
+    trusted = execute(prepare(place.config("trusted", **TRUSTED)))
+    remove_ledger(trusted, "server")
+    with pytest.raises(ValueError, match=r"server\.ledger is missing"):
+        told(trusted)
+    (trusted / LEDGERS / ".lock").unlink(missing_ok=True)
+    (trusted / LEDGERS).rmdir()
+    with pytest.raises(ValueError, match=r"server\.ledger is missing"):
+        told(trusted)
 
 
 def test_without_a_public_evaluation_set_private_rows_would_be_scored(place: Place) -> None:
@@ -193,7 +257,7 @@ def test_without_a_public_evaluation_set_private_rows_would_be_scored(place: Pla
         ({"client__ranks": [1, 2]}, "does not go with client.ranks"),
         ({"run__save_best": True}, "run.save_best chooses on held-out rows"),
         ({"privacy__rounds": 1}, "privacy.rounds = 1 .* in 2 rounds"),
-        ({"privacy__delta": 0.1}, "lets one of 12 examples through"),
+        ({"privacy__delta": 0.1}, r"lets one of 1\d examples through"),
     ],
 )
 def test_settings_that_do_not_go_with_private_examples_are_refused(
@@ -211,11 +275,13 @@ def test_privacy_without_a_unit_is_refused(place: Place) -> None:
 
 
 def test_pooled_training_is_planned_as_it_is_executed(place: Place) -> None:
-    folder = started(place, **PRIVATE, run__mode="central")
+    job = place.job("run", **PRIVATE, run__mode="central")
+    rows = sum(map(len, job.data.rows.values()))
+    folder = execute(job)
     (path,) = (folder / LEDGERS).glob("*.ledger")
     ledger = read_ledger(path)
     assert ledger.terms.owner == "central"
-    assert ledger.intents[0].mechanisms[0].sampling == pytest.approx(12 / 36)
+    assert ledger.intents[0].mechanisms[0].sampling == pytest.approx(12 / rows)
     assert 7.9 < ledger.spent <= 8
 
 
@@ -231,7 +297,7 @@ def test_a_run_says_what_it_will_cost_before_it_trains(place: Place) -> None:
 @pytest.mark.parametrize("rule", ["fra", "ffa"])
 def test_a_run_says_how_long_a_steps_noise_is(place: Place, rule: str) -> None:
     """By hand: sigma sqrt(trained numbers) / (expected batch), in units of the clip."""
-    job = place.job("run", **PRIVATE, merge__rule=rule)
+    job = place.job("run", **PRIVATE, merge__rule=rule, partition__clients=1)
     one, rows = planned_round(job.config, len(job.data.rows["0"])), len(job.data.rows["0"])
     count = sum(t.numel() for t in job.start.dense.values())
     for factors in job.start.layers.values():
@@ -337,6 +403,42 @@ def test_a_client_that_fails_adds_nothing_and_stops_nothing(
     assert [one["client"] for one in records(folder)[-1]["failures"]] == ["1"]
 
 
+def card_of(folder: Path) -> str:
+    return (folder / "adapter" / "README.md").read_text()
+
+
+def test_the_card_of_a_private_adapter_tells_nothing_of_single_clients(place: Place) -> None:
+    """It goes out with the adapter: what it tells must be public, or noised."""
+    public, own = {}, {"data__evaluate": ""}
+    for name, unit, data, scored in (
+        ("open", {}, own, True),
+        ("example", PRIVATE, public, True),
+        ("shared", {**PRIVATE, "privacy__share_metrics": True}, own, True),
+        ("clients", TRUSTED, public, True),
+        ("own", TRUSTED, own, False),
+    ):
+        folder = started_as(place, name, **unit, **data)
+        card, private = card_of(folder), bool(unit)
+        assert ("accuracy" in card) is scored, name
+        for word in ("| client |", "| 0 |", "held out", "Peak memory"):
+            assert (word in card) is not private, (name, word)
+        assert ("Communication" in card) is (unit is not TRUSTED), name
+        assert ("not told" in card) is private
+        assert "# run" in card
+        assert "Trainable parameters: " in card
+
+
+def started_as(place: Place, name: str, **settings: Any) -> Path:
+    config = place.config(name, **{"run__name": "run", **settings})
+    return execute(prepare(config))
+
+
+def test_the_statement_names_the_files_that_have_figures_of_clients(place: Place) -> None:
+    text = told(started(place, **TRUSTED))
+    assert "metrics.jsonl, summary.json" in text
+    assert "the adapter's README.md has none of it" in text
+
+
 # ---------------------------------------------------------------- on Flower
 
 
@@ -354,6 +456,7 @@ def test_nodes_keep_their_own_ledgers(place: Place) -> None:
         assert 7.9 < ledger.spent <= 8
     assert "as it says" in told(folder)
     assert records(folder)[-1]["clients"]["0"]["train_loss"] is None
+    assert records(folder)[-1]["seconds"]["compute"] is None
 
 
 def test_a_server_on_flower_charges_its_ledger(place: Place) -> None:
@@ -450,6 +553,24 @@ def test_the_command_prints_the_statement_of_a_run_and_of_a_ledger(place: Place)
     alone = CliRunner().invoke(app, ["privacy", str(folder / LEDGERS / "0.ledger")])
     assert "Ledger of 0: each example is protected." in alone.output
     assert json.loads((folder / LEDGERS / "0.ledger").read_text().splitlines()[0])["epsilon"] == 8
+
+
+def test_the_statement_says_what_neighbours_are(place: Place) -> None:
+    """One file dealt to clients is a simulation; files and columns of their own are not."""
+    dealt = told(started(place, **PRIVATE))
+    assert "one row more or less, the number of rows itself taken as public" in dealt
+    assert "this epsilon is of a simulated split" in dealt
+    rows = [(*row, "ab"[at // 2 % 2]) for at, row in enumerate(toy_rows(48))]
+    file = write_csv(place.folder / "column.csv", rows, ("text", "label", "house"))
+    by_house = {"data__train": str(file), "partition__by": "column", "partition__column": "house"}
+    files = {"a": str(place.train), "b": str(place.dev)}
+    for name, own, simulated in (
+        ("files", {"data__train": "", "data__clients": files, "data__labels": list(LABELS)}, False),
+        ("houses", by_house, False),
+        ("drawn", {**by_house, "data__limit": 40}, True),
+    ):
+        folder = execute(prepare(place.config(name, **PRIVATE, **own)))
+        assert ("simulated split" in told(folder)) is simulated, name
 
 
 def test_a_run_without_privacy_has_no_statement(place: Place) -> None:

@@ -185,6 +185,12 @@ def test_shared_settings_may_be_changed_from_outside(tmp_path: Path) -> None:
         ("[sweep]\n[[sweep.methods]]\nrun.seed = 3", "list the seeds in .sweep."),
         ("[sweep]\n[[sweep.methods]]\nclient.lr = []", "client.lr is an empty list"),
         ("[data]\nholdout = 0\n[sweep]\ntune = ['client.lr']" + METHODS, "needs data.holdout"),
+        ("[privacy]\nunit = 'client'\n[sweep]\ntune = ['client.lr']" + METHODS, "without noise"),
+        (
+            "[sweep]\ntune = ['privacy.unit']\n[[sweep.methods]]\n"
+            "privacy.unit = ['none', 'client']",
+            "unit = 'client'",
+        ),
         ("[sweep]" + METHODS + METHODS, "two are called 'fra, lr 0.001'"),
         ("[sweep", "is not valid TOML"),
     ],

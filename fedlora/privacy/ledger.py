@@ -1,7 +1,8 @@
 """What was spent, on disk: an append-only file of hashed lines, one ledger for each data owner.
 
 An intent is written and synced before any noise is drawn, and closed when what came of it is safe.
-Every intent counts, closed or not: a crash can waste budget, never hide what was spent.
+Every intent counts, closed or not: a crash can waste budget, never hide what was spent. Beside it
+lies its head, the hash of its last line, written after each: a ledger that lost lines is noticed.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedlora.files import locked, sync_folder
+from fedlora.files import locked, sync_folder, write_text
 from fedlora.privacy.accounting import Accountant, Mechanism, epsilon
 
 LEDGERS, SUFFIX = "ledgers", ".ledger"  # where a run has them, and what they end in
+HEAD = ".head"  # what the files beside them end in
 OPENED, INTENT, CLOSED = "opened", "intent", "closed"
 START = "0" * 64
 
@@ -79,8 +81,10 @@ def read_ledger(path: Path) -> Ledger:
     """The ledger in a file; ValueError, with the line, where it was edited or is not whole.
 
     A last line that a crash cut short was never synced, so that nothing was drawn for it: it is
-    left out, and overwritten by the next one.
+    left out, and overwritten by the next one. A line that is there and not in the head counts; a
+    head that is not among the lines means that some are gone. A copy without a head is read as is.
     """
+    noted = _noted_head(path)  # before the lines: another process may be writing both
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     ledger: Ledger | None = None
@@ -95,6 +99,8 @@ def read_ledger(path: Path) -> Ledger:
             ) from None
     if ledger is None:
         raise ValueError(f"{path} is empty: it is no ledger")
+    if noted and noted not in ledger.hashes:
+        raise _lines_missing(path)
     return replace(ledger, size=len(whole))
 
 
@@ -129,9 +135,14 @@ def _held(path: Path) -> Iterator[None]:
 
 def _opened(path: Path, terms: Terms) -> Ledger:
     """As `open_ledger`, under the lock."""
+    noted = _noted_head(path)
     if not is_opened(path):
+        if noted:
+            raise _lines_missing(path)
         return _append(Ledger(path, terms), {"kind": OPENED, **asdict(terms)})
     ledger = read_ledger(path)
+    if not noted and len(ledger.hashes) > 1:  # a crash leaves the first line alone at most
+        raise _lines_missing(path)
     for name, value in asdict(terms).items():
         before = getattr(ledger.terms, name)
         if before != value:
@@ -185,18 +196,35 @@ def heads(folder: Path) -> dict[str, str]:
 
 
 def check_heads(folder: Path, known: Mapping[str, str]) -> None:
-    """ValueError unless every ledger that was there is there and goes on from where it was."""
-    for owner, head in known.items():
+    """ValueError unless every ledger that was there is there and goes on from where it was.
+
+    Those that were there are the `known`, and whatever has a head in the folder.
+    """
+    noted = {path.stem for path in folder.glob(f"*{HEAD}")}
+    for owner in sorted(noted | set(known)):
         path = ledger_path(folder, owner)
-        if not path.is_file() or head not in read_ledger(path).hashes:
-            raise ValueError(
-                f"{path} is not the ledger that this run went on with: lines are missing, and with "
-                "them what was spent; restore it, or count its data's budget as gone"
-            )
+        if not path.is_file():
+            raise _lines_missing(path)
+        hashes = read_ledger(path).hashes
+        if owner in known and known[owner] not in hashes:
+            raise _lines_missing(path)
+
+
+def _lines_missing(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} is not the ledger that this run went on with: lines are missing, and with them "
+        "what was spent; restore it and its head, or count its data's budget as gone"
+    )
+
+
+def _noted_head(path: Path) -> str:
+    """The hash in the file beside a ledger; empty where there is none."""
+    file = path.with_suffix(HEAD)
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
 
 
 def _append(ledger: Ledger, entry: Mapping[str, Any]) -> Ledger:
-    """The ledger with one line more, on disk before this returns."""
+    """The ledger with one line more, it and its head on disk before this returns."""
     linked = {**entry, "previous": ledger.head}
     line = {**linked, "hash": _hash(linked)}
     with ledger.path.open("r+b" if ledger.path.exists() else "w+b") as file:
@@ -208,6 +236,7 @@ def _append(ledger: Ledger, entry: Mapping[str, Any]) -> Ledger:
         size = file.tell()
     if not ledger.size:
         sync_folder(ledger.path.parent)
+    write_text(ledger.path.with_suffix(HEAD), line["hash"])  # after the line, never ahead of it
     before = ledger if ledger.hashes else None
     return replace(_followed(ledger.path, before, line), size=size)
 

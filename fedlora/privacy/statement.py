@@ -7,16 +7,25 @@ Made from the config, the ledgers and the log of a run directory, or from one le
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from fedlora.privacy.ledger import LEDGERS, SUFFIX, Ledger, read_ledger
+from fedlora.privacy.ledger import (
+    LEDGERS,
+    SUFFIX,
+    Ledger,
+    check_heads,
+    ledger_path,
+    read_ledger,
+)
 from fedlora.rundir import Run, read_run
 
 NEIGHBOURS = {
     "example": (
-        "a client's training rows, what it holds out split off before, with one row more or less. "
-        "A person with several rows is protected less, by more than their number (docs/privacy.md)"
+        "a client's rows with one row more or less, the number of rows itself taken as public; "
+        "what is held out is decided for each row by itself. A person with several rows is "
+        "protected less, by more than their number (docs/privacy.md)"
     ),
     "client": ("a federation with one client's answers left out; who is asked is public"),
 }
@@ -50,31 +59,40 @@ COVERED = {
 SETTINGS = "the choice of settings: every other run on the same data has a budget of its own"
 OPEN = {
     "example": [
-        "the numbers of examples, of which the sampling rate and the weights are made",
+        "how many rows each client has: the log, every message and the weights tell it, and the "
+        "sampling rate is made of it",
         SETTINGS,
-        "timing, sizes and who took part",
+        "how long an answer takes (a long row takes longer), sizes and who took part",
     ],
     "client": [
         "clients from the server: it sees every update as it is",
-        "what the server logs of single clients (metrics.jsonl, clients): keep it there",
+        "what the server keeps of single clients, without noise (metrics.jsonl, summary.json: who "
+        "answered, rows, scores on held-out rows): the adapter's README.md has none of it",
         SETTINGS,
         "timing, sizes and who took part",
     ],
 }
 SHARED = (
-    "training loss and held-out scores: they were let out as they are, and whatever was chosen by "
-    "them (tuning, run.save_best)"
+    "training loss, held-out scores and seconds of training: they were let out as they are, and "
+    "whatever was chosen by them (tuning, run.save_best)"
 )
 ARITHMETIC = (
     "attacks on floating-point arithmetic: noise has 53 random bits from the operating system and "
-    "is added in float64, its sum rounded to float32; the analysis is in real numbers"
+    "is added in float64, its sum rounded to float32; gradients have the rounding of the base's "
+    "precision; the analysis is in real numbers"
+)
+
+
+DEALT = (
+    "how a single file was dealt to clients: one row more in it deals others anew, so that this "
+    "epsilon is of a simulated split, of the rows as they were dealt"
 )
 
 
 def statement(path: Path) -> list[str]:
     """The lines of the statement of a run directory or of one ledger file.
 
-    ValueError where there is no privacy to speak of, or a ledger was edited.
+    ValueError where there is no privacy to speak of, or a ledger was edited, cut or is missing.
     """
     if path.is_file():
         ledger = read_ledger(path)
@@ -88,8 +106,9 @@ def statement(path: Path) -> list[str]:
             f"{path} was trained without privacy (privacy.unit = 'none'): nothing bounds what "
             "its adapter tells about the data"
         )
-    ledgers = [read_ledger(file) for file in sorted((path / LEDGERS).glob(f"*{SUFFIX}"))]
+    ledgers = _ledgers(run, unit)
     shared = [SHARED] if unit == "example" and privacy["share_metrics"] else []
+    shared += [DEALT] if _is_dealt(run.config) else []
     mechanism = MECHANISMS[unit].format(clip=privacy["clip"], design=privacy["design"])
     lines = [
         f"Privacy of {run.name}",
@@ -110,6 +129,35 @@ def statement(path: Path) -> list[str]:
             "noised count that is charged by itself; noise follows the clip in force."
         )
     return lines
+
+
+def _ledgers(run: Run, unit: str) -> list[Ledger]:
+    """All ledgers of a run; none where clients keep their own. ValueError for one that is missing.
+
+    Who must have one is in the log: each client that reported its epsilon, or the server.
+    """
+    folder = run.path / LEDGERS
+    check_heads(folder, {})
+    ledgers = [read_ledger(file) for file in sorted(folder.glob(f"*{SUFFIX}"))]
+    trained = any(line["round"] > 0 for line in run.rounds)
+    owners = {"server"} if unit == "client" and trained else set()
+    if unit == "example" and folder.is_dir():
+        owners = set(_told_epsilons(run))
+    for owner in sorted(owners - {ledger.path.stem for ledger in ledgers}):
+        raise ValueError(
+            f"{'the' if unit == 'client' else 'client'} {owner} drew noise in this run, its ledger "
+            f"{ledger_path(folder, owner)} is missing: restore it; without it nobody knows what "
+            "was spent, and no epsilon is told"
+        )
+    return ledgers
+
+
+def _is_dealt(config: Mapping[str, Any]) -> bool:
+    """Whether who has which row was drawn over all rows, as no real federation does."""
+    tables = {table: config.get(table, {}) for table in ("data", "flower", "partition")}
+    if tables["data"].get("clients") or tables["flower"].get("clients"):
+        return False
+    return tables["partition"].get("by") != "column" or bool(tables["data"].get("limit"))
 
 
 def _table(ledgers: Sequence[Ledger]) -> list[str]:
@@ -134,20 +182,26 @@ def _table(ledgers: Sequence[Ledger]) -> list[str]:
 
 def _reported(run: Run) -> list[str]:
     """What clients that keep their own ledgers said of them."""
-    found: dict[str, float] = {}
-    for line in run.rounds:
-        for client, told in line["clients"].items():
-            if "epsilon" in told:
-                found[client] = float(told["epsilon"])
+    found = _told_epsilons(run)
     if not found:
         return ["Epsilon: nothing was spent yet"]
     most = _rounded_up(max(found.values()))
     lines = [f"  {client}: epsilon {_rounded_up(e)}, as it says" for client, e in found.items()]
     last = (
-        f"Epsilon: at least {most} (the largest of what clients reported; their ledgers, which "
-        "have the rounds whose replies were lost too, are on the clients)"
+        f"Epsilon: at least {most} (the largest of what clients reported; the run directory has no "
+        "ledgers: across machines they are on the clients, with the rounds whose replies were lost)"
     )
     return [*lines, last]
+
+
+def _told_epsilons(run: Run) -> dict[str, float]:
+    """The last epsilon that each client reported."""
+    return {
+        client: float(told["epsilon"])
+        for line in run.rounds
+        for client, told in line["clients"].items()
+        if "epsilon" in told
+    }
 
 
 def _rounded_up(epsilon: float) -> str:
