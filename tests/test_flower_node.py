@@ -212,3 +212,32 @@ def test_a_project_is_written_whole_and_holds_the_config(place: Place, tmp_path:
         write_project(tmp_path / "project", config)
     with pytest.raises(ValueError, match="needs no other machines"):
         write_project(tmp_path / "other", place.config("x", run__mode="central"))
+
+
+OWN: dict[str, Any] = {"data__labels": ["neg", "pos"], "flower__clients": ["north"]}
+
+
+@pytest.mark.parametrize("far", [{}, OWN], ids=["dealt", "own data"])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"data__max_length": 512}, "max_length = 512 is more than the model reads"),
+        ({"privacy__unit": "example", "client__ranks": [1]}, r"does not go with client\.ranks"),
+        ({"privacy__unit": "example", "data__evaluate": ""}, r"needs data\.evaluate, a public set"),
+    ],
+    ids=["length", "ranks", "evaluation"],
+)
+def test_server_and_nodes_check_what_a_run_in_one_process_checks(
+    place: Place, changes: dict[str, Any], says: str, far: dict[str, Any]
+) -> None:
+    """But for rows that nobody else scores: nodes with their own need no public set."""
+    flat = place.config("run", **changes | far).flat()
+    own = {"name": "north", "data": str(place.train), "state": str(place.folder / "own")}
+    if far and "data__evaluate" in changes:
+        load_node(flat, own)
+        return
+    with pytest.raises(ValueError, match=says):
+        load_node(flat, own if far else {"partition-id": 0, "state": str(place.folder / "own")})
+    with pytest.raises(ValueError, match=says):
+        serve(LocalGrid(client, flat, []), flat | {"flower.wait": 0.1})
+    assert not (place.folder / "run").exists()

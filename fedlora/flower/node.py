@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter, ClientResult, ClientState, flatten, overlay
 from fedlora.checkpoint import decode_state, encode_state
+from fedlora.checks import check_loaded
 from fedlora.client import make_fit
 from fedlora.config import Config, make_config
 from fedlora.data import Data, read_silos, tokenised
@@ -234,6 +235,7 @@ def _load(run_text: str, own_text: str) -> Loaded:
     config = replace(config, data=replace(config.data, labels=silos.labels))
     model, start, base = load_shared(config, silos.labels)
     tokens = tokenised(config, silos, model.tokenizer)
+    check_loaded(config, model, None if own_text else tokens)
     if own_text:
         tokens = replace(tokens, own_evaluation=True)  # its evaluation file is the node's own, too
     return Loaded(config, model, tokens, start, base)

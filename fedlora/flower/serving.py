@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
 from fedlora.adapter import WHOLE, flatten
+from fedlora.checks import check_loaded
 from fedlora.config import Config, make_config
 from fedlora.data import Data, Examples, encode, read_silos, tokenised
 from fedlora.flower.node import load_shared
@@ -20,7 +21,6 @@ from fedlora.flower.strategy import FedloraStrategy
 from fedlora.modes import GLOBAL
 from fedlora.privacy.ledger import LEDGERS
 from fedlora.privacy.plan import announce, merge_for
-from fedlora.privacy.plan import check as check_privacy
 from fedlora.recording import Job, recording, run_folder
 from fedlora.resume import Resumed, find
 from fedlora.rules import get_rule
@@ -47,7 +47,6 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> Path:
         config = replace(config, run=replace(config.run, out=str(folder)))
     else:
         check_new(folder)
-    check_privacy(config)
     job, base = _job(config, resumed)
     names = job.config.flower.clients or sorted(job.data.rows)
     checkpoint = resumed.checkpoint if resumed else None
@@ -85,7 +84,9 @@ def _job(config: Config, resumed: Resumed | None) -> tuple[Job, str]:
         config = replace(config, data=replace(config.data, labels=silos.labels))
         model, start, base = load_shared(config, silos.labels)
         rehearse(get_rule(config.merge.rule, **config.merge.options), start)
-        return Job(config, tokenised(config, silos, model.tokenizer), model, start, resumed), base
+        data = tokenised(config, silos, model.tokenizer)
+        check_loaded(config, model, data)
+        return Job(config, data, model, start, resumed), base
     labels = list(config.data.labels)
     if not labels:
         raise ValueError("data.labels must list the labels: the server sees no training data")
@@ -99,6 +100,7 @@ def _job(config: Config, resumed: Resumed | None) -> tuple[Job, str]:
     else:
         none = Examples({}, np.arange(0), np.arange(0), {})
         data = Data(none, {}, {}, none, np.arange(0))
+    check_loaded(config, model, data)
     return Job(config, data, model, start, resumed), base
 
 
