@@ -11,14 +11,23 @@ import pytest
 from bench import Place, records, summary
 from conftest import random_adapter, same_adapters
 from flower_grid import LocalGrid
-from flwr.app import Message
+from flwr.app import ArrayRecord, ConfigRecord, Message
 
 from fedlora.adapter import ClientState
 from fedlora.flower.app import client
-from fedlora.flower.node import KEPT, keep_state, load_node, read_state, refusal
+from fedlora.flower.node import (
+    KEPT,
+    fingerprint,
+    keep_state,
+    load_node,
+    read_state,
+    refusal,
+)
 from fedlora.flower.project import write_project
 from fedlora.flower.serving import serve
-from fedlora.flower.wire import Order, order_content
+from fedlora.flower.strategy import FedloraStrategy
+from fedlora.flower.wire import Order, order_content, packed
+from fedlora.model import configured_model
 from fedlora.rules import Plan
 
 pytest_plugins = ["tiny"]
@@ -182,7 +191,7 @@ def test_an_order_that_is_none_is_answered_with_its_code_and_trains_nothing(plac
     order = Order("run/0", 1, "0", PLAN, ready.loaded.base)
     tensors = dict(list(order_tensors(ready).items())[:-1])
     replies = grid.send_and_receive(
-        [grid.create_message(order_content(order, tensors), "train", number, "1")]
+        [grid.create_message(order_content(order, packed(tensors)), "train", number, "1")]
     )
     (reply,) = replies
     assert reply.content.config_records["reply"]["code"] == "names"
@@ -241,3 +250,39 @@ def test_server_and_nodes_check_what_a_run_in_one_process_checks(
     with pytest.raises(ValueError, match=says):
         serve(LocalGrid(client, flat, []), flat | {"flower.wait": 0.1})
     assert not (place.folder / "run").exists()
+
+
+def test_a_fingerprint_is_that_of_the_base_alone(place: Place, tiny: Tiny) -> None:
+    """Not of the run's seed, its labels, or the layers that get an adapter; of precision, yes."""
+
+    def of(*labels: str, **changes: Any) -> str:
+        config = place.config(**changes)
+        return fingerprint(configured_model(config, labels or ["neg", "pos"]))
+
+    own = of()
+    assert own == of(run__seed=5) == of("a", "b", "c") == of(model__targets=["key"], model__rank=1)
+    assert own != of(model__name=str(tiny("roberta")))
+    assert own != of(run__precision="bfloat16")
+    drawn = {"model__name": str(tiny("distilbert")), "model__targets": ["q_lin"]}
+    assert of(**drawn) == of(**drawn, run__seed=5)  # with a layer more that is drawn
+
+
+def test_bases_of_another_precision_are_refused_with_the_setting(place: Place) -> None:
+    flat = place.config("run").flat()
+    grid = LocalGrid(client, flat | {"run.precision": "bfloat16"}, [{"partition-id": 0}])
+    with pytest.raises(ValueError, match=r"the same model\.name, revision and run\.precision"):
+        serve(grid, flat | {"flower.wait": 0.1})
+
+
+def test_clients_that_are_sent_the_same_share_its_bytes(place: Place) -> None:
+    """Forty clients hold one message of 16 MB, not forty."""
+    config = place.config("run", client__ranks=[2, 1], model__rank=2)
+    ready = load_node(config.flat(), {"partition-id": 0})
+    strategy = FedloraStrategy(config, ready.loaded.start, ["0", "1", "2"], base=ready.loaded.base)
+    grid = LocalGrid(client, config.flat(), [{"partition-id": k} for k in range(3)])
+    messages = strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid)
+    data = [m.content.array_records["arrays"]["packed"].data for m in messages]
+    assert data[0] is data[2]
+    assert len(data[1]) < len(data[0])
+    said = [m.content.config_records["order"]["client"] for m in messages]
+    assert said == ["0", "1", "2"]

@@ -199,12 +199,19 @@ def keep_state(folder: Path, run: str, round: int, state: ClientState) -> None:
 
 
 def fingerprint(model: Model) -> str:
-    """A SHA-256 of the base's weights, names and shapes: the same model, or another."""
+    """A SHA-256 of the base's weights, names and shapes at the precision that it computes in.
+
+    Of the base alone: not of the head and the layers that it lacked, which the run's seed drew,
+    nor of where an adapter is put.
+    """
     own = {id(parameter) for parameter in model.parameters.values()}
+    held = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.network.named_parameters()
+        if id(parameter) not in own and "lora_" not in name and ".original_module." not in name
+    }
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.network.named_parameters()):
-        if id(parameter) in own or "lora_" in name:
-            continue
+    for name, parameter in sorted(held.items()):
         plain = parameter.detach().float().cpu().contiguous()
         digest.update(f"{name}{tuple(plain.shape)}".encode())
         digest.update(plain.numpy().data)

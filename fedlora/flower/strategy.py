@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedlora.adapter import WHOLE, Adapter, byte_count, flatten
 from fedlora.config import Config
-from fedlora.flower.wire import ORDER, REPLY, Order, order_content, read_reply
+from fedlora.flower.wire import ORDER, REPLY, Order, Packed, order_content, packed, read_reply
 from fedlora.modes import GLOBAL, Step, merge_policy
 from fedlora.rounds import MOST, Failure, Merge, Opened, Reply, close_round, open_round
 from fedlora.rules import get_rule
@@ -91,13 +91,16 @@ class FedloraStrategy(Strategy):
         self.opened, self.asked = opened, []
         self.find_nodes(grid, opened.messages, self.config.flower.wait)
         messages = []
+        made: dict[int, Packed] = {}  # clients that are alike are sent the same tensors
         for client, tensors in opened.messages.items():
             if client not in self.seen:
                 continue  # close_round names it as missing
+            if id(tensors) not in made:
+                made[id(tensors)] = packed(tensors)
             node_id = self.seen[client].node_id
             order = Order(self.run_name, opened.round, client, opened.plan, self.base)
             message = grid.create_message(
-                order_content(order, tensors), TRAIN, node_id, str(opened.round),
+                order_content(order, made[id(tensors)]), TRAIN, node_id, str(opened.round),
                 self.config.flower.deadline,
             )  # fmt: skip
             self.asked.append((message.metadata, client))
@@ -210,8 +213,9 @@ class FedloraStrategy(Strategy):
             if seen.base != self.base:
                 raise ValueError(
                     f"client {seen.client} holds base model {seen.base}, the server {self.base}: "
-                    "the same adapter would be two models; give both the same model.name and "
-                    "revision"
+                    "the same adapter would be two models; give both the same model.name, "
+                    "revision and run.precision ('auto' is bfloat16 on GPUs that have it, float32 "
+                    "elsewhere)"
                 )
 
     def configure_evaluate(

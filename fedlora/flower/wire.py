@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ ARRAYS, LAYOUT, ORDER, REPLY, METRICS = "arrays", "layout", "order", "reply", "m
 PACKED = "packed"  # the one array: the tensors of the layout one after another, by sorted name
 FORM = "float32-le"  # an array's bytes: its numbers in C order, little-endian, and nothing else
 REASON = 400  # characters of a reason that are kept
+Packed: TypeAlias = dict[str, ArrayRecord | ConfigRecord]
 LARGEST = 1e30  # of a client's figures: sums over clients and rounds stay finite
 
 
@@ -50,7 +51,7 @@ class WireError(ValueError):
         self.code = code
 
 
-def packed(tensors: Mapping[str, Tensor]) -> dict[str, ArrayRecord | ConfigRecord]:
+def packed(tensors: Mapping[str, Tensor]) -> Packed:
     """The records of named float32 tensors: their shapes, and their numbers in one array."""
     layout: dict[str, Any] = {name: list(tensors[name].shape) for name in sorted(tensors)}
     data = b"".join(_bytes(tensors[name]) for name in layout)
@@ -113,8 +114,8 @@ def _numbers(record: ArrayRecord, count: int) -> NDArray[np.float32]:
     return np.frombuffer(array.data, "<f4")
 
 
-def order_content(order: Order, tensors: Mapping[str, Tensor]) -> RecordDict:
-    """The content of a training message."""
+def order_content(order: Order, records: Packed) -> RecordDict:
+    """The content of a training message; `records` may be shared by many of them."""
     values: dict[str, Any] = {
         "run": order.run,
         "round": order.round,
@@ -124,7 +125,7 @@ def order_content(order: Order, tensors: Mapping[str, Tensor]) -> RecordDict:
         "receives": ",".join(sorted(order.plan.receives)),
         "base": order.base,
     }
-    return RecordDict({**packed(tensors), ORDER: ConfigRecord(values)})
+    return RecordDict({**records, ORDER: ConfigRecord(values)})
 
 
 def read_order(content: RecordDict) -> Order:
