@@ -15,13 +15,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 
 from fedlora.adapter import ClientState
 from fedlora.flower.app import client
+from fedlora.flower.limits import refusal
 from fedlora.flower.node import (
     KEPT,
     fingerprint,
     keep_state,
     load_node,
     read_state,
-    refusal,
 )
 from fedlora.flower.project import write_project
 from fedlora.flower.serving import serve

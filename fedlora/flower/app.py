@@ -12,7 +12,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora.flower.node import load_node, refusal, train
+from fedlora.flower.limits import admit
+from fedlora.flower.node import load_node, train
 from fedlora.flower.serving import serve
 from fedlora.flower.wire import REPLY, read_order, refusal_content, reply_content
 
@@ -40,7 +41,7 @@ def train_round(message: Message, context: Context) -> Message:
     node = load_node(context.run_config, context.node_config)
     try:
         order = read_order(message.content)
-        if refused := refusal(node, order):
+        if refused := admit(node, order):
             log.warning("refused: %s: %s", *refused)
             return Message(refusal_content(node.client, *refused), reply_to=message)
         result, shared = train(node, order, message.content)

@@ -28,10 +28,12 @@ from fedlora.flower.wire import Order, WireError, shapes_of, tensors_of
 from fedlora.model import Model, configured_model, read_adapter
 from fedlora.modes import merge_policy
 from fedlora.policy import cut_for
-from fedlora.privacy.ledger import LEDGERS, SUFFIX, close_all, is_opened, read_ledger
+from fedlora.privacy.ledger import LEDGERS, close_all
+from fedlora.settings import DataSettings
 
 LIMITS = ("max-rounds", "min-examples", "rules", "base", "epsilon", "delta", "share-metrics")
-KEYS = ("name", "partition-id", "num-partitions", "data", "evaluate", "state", *LIMITS)
+OWN = ("name", "data", "evaluate", "text", "pair", "label")  # of a node with a file of its own
+KEYS = ("partition-id", "num-partitions", "state", *OWN, *LIMITS)
 KEPT = 3  # states of a client on its disk: after a damaged checkpoint two rounds are repeated
 
 
@@ -71,7 +73,13 @@ def load_node(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> 
     if odd := sorted(set(node_config) - set(KEYS)):
         raise ValueError(f"node config {odd[0]!r} is not known; known are {', '.join(KEYS)}")
     run_text = json.dumps(dict(run_config), sort_keys=True)
-    own = {key: str(node_config[key]) for key in ("name", "data", "evaluate") if key in node_config}
+    missing = [key for key in ("name", "data", "state") if key not in node_config]
+    if "epsilon" in node_config and missing:
+        raise ValueError(
+            f"a limit on epsilon needs {missing[0]} in the node config as well: a server that "
+            "chooses it begins a new ledger when it likes"
+        )
+    own = {key: str(node_config[key]) for key in OWN if key in node_config}
     loaded = _load(run_text, json.dumps(own) if "data" in own else "")
     names = loaded.config.flower.clients or sorted(loaded.data.rows)
     client = _client_name(names, node_config)
@@ -82,43 +90,12 @@ def load_node(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> 
     folder = node_config.get("state") or Path(loaded.config.run.out or ".") / "clients"
     limits = {key: node_config[key] for key in LIMITS if key in node_config}
     private = loaded.config.privacy.unit == "example" and "data" in node_config
-    if (private or "epsilon" in limits) and "state" not in node_config:
+    if private and "state" not in node_config:
         raise ValueError(
             'a node with a privacy budget needs state="FOLDER" in its node config: its ledger must '
             "not lie where the server says"
         )
     return Node(client, loaded, start, limits, Path(str(folder)) / client)
-
-
-def refusal(node: Node, order: Order) -> tuple[str, str] | None:
-    """(code, reason) why this node does not do what it is asked, by its own limits; None if it
-    does.
-
-    ValueError where a limit itself makes no sense.
-    """
-    limits, rule = node.limits, node.loaded.config.merge.rule
-    if order.client != node.client:
-        return "client", f"this node is {node.client!r}, the order is for {order.client!r}"
-    own = node.loaded.config.run
-    if order.run != f"{own.name}/{own.seed}":
-        return "run", f"the order is of run {order.run!r}, the node was set up for {own.name!r}"
-    if order.base != node.loaded.base:
-        return "base", f"base model {node.loaded.base} here, {order.base} at the server"
-    if "base" in limits and not node.loaded.base.startswith(str(limits["base"])):
-        return "base", f"base model {node.loaded.base} is not the {limits['base']} allowed here"
-    if "max-rounds" in limits and order.round > int(limits["max-rounds"]):
-        return "rounds", f"round {order.round} is beyond the {limits['max-rounds']} allowed here"
-    allowed = [name.strip() for name in str(limits.get("rules", rule)).split(",")]
-    if rule not in allowed:
-        return "rule", f"rule {rule!r} is not one of {', '.join(allowed)} allowed here"
-    if node.examples < int(limits.get("min-examples", 0)):
-        return (
-            "examples",
-            f"{node.examples} rows are fewer than the {limits['min-examples']} wanted",
-        )
-    if "epsilon" in limits and (reason := _beyond_epsilon(node, order, float(limits["epsilon"]))):
-        return "epsilon", reason
-    return None
 
 
 def train(node: Node, order: Order, content: RecordDict) -> tuple[ClientResult, dict[str, Tensor]]:
@@ -142,33 +119,6 @@ def train(node: Node, order: Order, content: RecordDict) -> tuple[ClientResult, 
 def ledger_folder(states: Path, run: str) -> Path:
     """Where a node keeps its ledger of a run: one for each name and seed, whoever starts it."""
     return states / LEDGERS / hashlib.sha256(run.encode()).hexdigest()[:16]
-
-
-def _beyond_epsilon(node: Node, order: Order, limit: float) -> str:
-    """Why this run would let out more of the node's examples than its owner allows; else nothing.
-
-    All runs count together: what they spent, and the whole budget of this one; their deltas must
-    stay within the limit `delta` (else below 1 / rows).
-    """
-    privacy, own = node.loaded.config.privacy, ledger_folder(node.states, order.run)
-    if privacy.unit != "example":
-        return f"the run protects no examples, epsilon is to stay within {limit:g} here"
-    if privacy.share_metrics and not node.limits.get("share-metrics"):
-        return "the run wants figures on private rows (privacy.share_metrics), not allowed here"
-    others = [
-        read_ledger(path)
-        for path in node.states.rglob(f"*{SUFFIX}")
-        if path.parent != own and is_opened(path)
-    ]
-    spent = sum(ledger.spent for ledger in others)
-    deltas = privacy.delta + sum(ledger.terms.delta for ledger in others)
-    most = float(node.limits.get("delta", 1 / node.examples))
-    if spent + privacy.epsilon <= limit and deltas <= most:
-        return ""
-    return (
-        f"epsilon {privacy.epsilon:g} of this run and {spent:.3g} of {len(others)} others (delta "
-        f"{deltas:.2g}) are beyond the {limit:g} (delta {most:.2g}) allowed here"
-    )
 
 
 def read_state(folder: Path, run: str, round: int) -> ClientState:
@@ -233,9 +183,7 @@ def _load(run_text: str, own_text: str) -> Loaded:
         own = json.loads(own_text)
         if "name" not in own:
             raise ValueError('a node with data of its own needs a name: name="NAME" data="FILE"')
-        mine = {own["name"]: own["data"]}
-        data = replace(config.data, train="", clients=mine, evaluate=own.get("evaluate", ""))
-        config = replace(config, data=data)
+        config = replace(config, data=_own_data(config.data, own))
     elif config.flower.clients:
         raise ValueError("this node has no data: its node config must have name and data")
     silos = read_silos(config)
@@ -246,6 +194,18 @@ def _load(run_text: str, own_text: str) -> Loaded:
     if own_text:
         tokens = replace(tokens, own_evaluation=True)  # its evaluation file is the node's own, too
     return Loaded(config, model, tokens, start, base)
+
+
+def _own_data(settings: DataSettings, own: Mapping[str, str]) -> DataSettings:
+    """The run's settings with the node's own files, and its own columns where it names any."""
+    files, label = {own["name"]: own["data"]}, own.get("label", settings.label)
+    text, pair = settings.text, settings.pair
+    if "text" in own or "pair" in own:
+        text, pair = own.get("text", ""), own.get("pair", "")
+    return replace(
+        settings, train="", clients=files, evaluate=own.get("evaluate", ""),
+        text=text, pair=pair, label=label,
+    )  # fmt: skip
 
 
 def _client_name(names: list[str], node_config: Mapping[str, Any]) -> str:
