@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 from bench import Place, records, summary
 from conftest import random_adapter, same_adapters
 from flower_grid import LocalGrid
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from tiny import toy_rows, write_lines
 
 from fedlora.adapter import ClientState
-from fedlora.flower.app import client
+from fedlora.flower.app import FAILED, client
 from fedlora.flower.limits import refusal
 from fedlora.flower.node import (
     KEPT,
@@ -286,3 +288,89 @@ def test_clients_that_are_sent_the_same_share_its_bytes(place: Place) -> None:
     assert len(data[1]) < len(data[0])
     said = [m.content.config_records["order"]["client"] for m in messages]
     assert said == ["0", "1", "2"]
+
+
+SECRET = "patient Jane Doe of Elm Street"
+
+
+def private_file(place: Place, **row: str) -> Path:
+    """A node's file with one odd row, the first."""
+    odd, *rows = [{"text": text, "label": label} for text, label in toy_rows(20)]
+    return write_lines(place.folder / "private.jsonl", [odd | row, *rows])
+
+
+def answers(place: Place, own: dict[str, Any], **changes: Any) -> list[str]:
+    """What a node of its own file says to a question and to an order, the whole of it as text."""
+    flat = place.config("run", **OWN | changes).flat()
+    state = {"name": "north", "state": str(place.folder / "own")}
+    grid = LocalGrid(client, flat, [state | own])
+    (number,) = grid.get_node_ids()
+    order = order_content(Order("run/0", 1, "north", PLAN, "base"), packed({}))
+    asked = [
+        grid.create_message(RecordDict(), "query.hello", number, "0"),
+        grid.create_message(order, "train", number, "1"),
+    ]
+    replies = [grid.send_and_receive([message]) for message in asked]
+    assert not any(reply.has_error() for (reply,) in replies)
+    return [str(reply.content.config_records["reply"]) for (reply,) in replies]
+
+
+@pytest.mark.parametrize(
+    ("row", "changes"),
+    [
+        ({"label": SECRET}, {}),
+        ({"text": SECRET}, {"data__label": "text"}),
+        ({SECRET: ""}, {"data__text": "diagnosis"}),
+    ],
+    ids=["odd label", "servers column", "names of columns"],
+)
+def test_what_a_node_cannot_read_stays_in_its_own_log(
+    place: Place, row: dict[str, str], changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server's config names columns and labels: what does not fit them was sent back to it."""
+    file = private_file(place, **row)
+    for said in answers(place, {"data": str(file)}, **changes):
+        assert "'code': 'error'" in said
+        assert FAILED in said
+        assert not any(word in said for word in ("Jane", "good", "text", str(place.folder)))
+    assert SECRET in caplog.text
+
+
+def test_a_node_that_is_broken_says_nothing_of_how(place: Place) -> None:
+    """Neither of its folders, nor of a limit that makes no sense."""
+    states = place.folder / "own" / "north"
+    states.mkdir(parents=True)
+    (states / "round-000000.state").write_bytes(b"no state")
+    own = {"name": "north", "data": str(place.train), "state": str(place.folder / "own")}
+    flat = place.config("run", **OWN, run__rounds=1, run__max_failed_rounds=1).flat()
+    for limit in ({}, {"max-rounds": SECRET}):
+        with pytest.raises(ValueError, match=f"error: client north: {FAILED}") as caught:
+            serve(LocalGrid(client, flat, [own | limit]), flat)
+        assert "Jane" not in str(caught.value)
+        shutil.rmtree(place.folder / "run")
+
+
+def test_the_server_learns_which_node_to_ask(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    flat = place.config("run", **OWN).flat() | {"flower.wait": 0.1}
+    own = {"name": "north", "data": str(private_file(place, label=SECRET)), "state": "/nowhere"}
+    with pytest.raises(ValueError, match="client north did not answer in time"):
+        serve(LocalGrid(client, flat, [own]), flat)
+    told = [r.getMessage() for r in caplog.records if r.name == "fedlora.flower.strategy"]
+    assert any(f"(north) did not introduce itself: {FAILED}" in line for line in told)
+    assert not any("Jane" in line for line in told)
+
+
+def test_a_nodes_own_columns_win_over_the_servers(place: Place) -> None:
+    rows = [
+        {"note": text, "text": SECRET, "class": label, "x": "1"} for text, label in toy_rows(20)
+    ]
+    file = write_lines(place.folder / "own.jsonl", rows)
+    own = {"name": "north", "data": str(file), "text": "note", "label": "class"}
+    asked = {"data__text": "text", "data__pair": "x", "data__label": "text", **OWN}
+    ready = load_node(place.config(**asked).flat(), own)
+    data, tokens = ready.loaded.data.train, ready.loaded.model.tokenizer
+    first = tokens.decode(data.inputs["input_ids"][0], skip_special_tokens=True)
+    assert first == rows[0]["note"]
+    assert data.labels.tolist() == [["neg", "pos"].index(row["class"]) for row in rows]

@@ -23,6 +23,7 @@ from fedlora.checks import check_loaded
 from fedlora.client import make_fit
 from fedlora.config import Config, make_config
 from fedlora.data import Data, read_silos, tokenised
+from fedlora.errors import PublicError
 from fedlora.files import write_bytes
 from fedlora.flower.wire import Order, WireError, shapes_of, tensors_of
 from fedlora.model import Model, configured_model, read_adapter
@@ -213,11 +214,11 @@ def _client_name(names: list[str], node_config: Mapping[str, Any]) -> str:
     if "name" in node_config:
         name = str(node_config["name"])
         if name not in names:
-            raise ValueError(f"the run knows no client {name!r}; it has {', '.join(names)}")
+            raise PublicError(f"the run knows no client {name!r}; it has {', '.join(names)}")
         return name
     place = node_config.get("partition-id")
     if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(names):
-        raise ValueError(f"node config needs a name, or a partition-id in 0..{len(names) - 1}")
+        raise PublicError(f"node config needs a name, or a partition-id in 0..{len(names) - 1}")
     return names[place]
 
 

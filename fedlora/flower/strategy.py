@@ -19,7 +19,16 @@ from flwr.serverapp.strategy import Strategy
 
 from fedlora.adapter import WHOLE, Adapter, byte_count, flatten
 from fedlora.config import Config
-from fedlora.flower.wire import ORDER, REPLY, Order, Packed, order_content, packed, read_reply
+from fedlora.flower.wire import (
+    ORDER,
+    REASON,
+    REPLY,
+    Order,
+    Packed,
+    order_content,
+    packed,
+    read_reply,
+)
 from fedlora.modes import GLOBAL, Step, merge_policy
 from fedlora.rounds import MOST, Failure, Merge, Opened, Reply, close_round, open_round
 from fedlora.rules import get_rule
@@ -199,7 +208,12 @@ class FedloraStrategy(Strategy):
         """A node's answer to who it is."""
         node_id = self.greeted.pop(message.metadata.reply_to_message_id)
         if message.has_error():
-            log.warning("a node did not introduce itself: %s", message.error.reason)
+            log.warning("node %d did not introduce itself: %s", node_id, message.error.reason)
+            return
+        said = message.content.config_records.get(REPLY, ConfigRecord())
+        if "code" in said:
+            who, reason = (str(said.get(key, ""))[:REASON] for key in ("client", "reason"))
+            log.warning("node %d (%s) did not introduce itself: %s", node_id, who or "-", reason)
             return
         seen = _seen(node_id, message.content)
         if seen.client in self.clients:

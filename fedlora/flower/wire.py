@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.adapter import Adapter, Part, flatten
+from fedlora.errors import PublicError
 from fedlora.records import FIGURES, KINDS, OPTIONAL, SCORES
 from fedlora.rounds import Failure, Opened, Reply
 from fedlora.rules import Plan
@@ -43,7 +44,7 @@ class Order:
     base: str
 
 
-class WireError(ValueError):
+class WireError(PublicError):
     """A message that is not what it should be; `code` is for machines."""
 
     def __init__(self, code: str, reason: str) -> None:
