@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
@@ -18,11 +19,12 @@ from fedlora import __version__
 from fedlora.config import Config, load_config
 from fedlora.files import new_folder, write_text
 
+RUN_ID = "run-id"  # the file of a run directory
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors")
 
 
 def create_run(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
-    """Makes the run directory with config, versions and, where it has one, the user's rule.
+    """Makes the run directory with config, versions, an id and, where it has one, the user's rule.
 
     ValueError if it is there already.
     """
@@ -30,6 +32,7 @@ def create_run(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
     with new_folder(folder) as temporary:
         write_text(temporary / "config.toml", config.toml())
         write_json(temporary / "versions.json", {**versions(), **facts})
+        write_text(temporary / RUN_ID, secrets.token_hex(16) + "\n")
         source, _, name = config.merge.rule.rpartition(":")
         if name and source.endswith(".py"):
             write_text(temporary / "rule.py", Path(source).read_text(encoding="utf-8"))
@@ -52,6 +55,20 @@ def read_config(folder: Path) -> Config:
     if not (folder / "config.toml").is_file():
         raise ValueError(f"{folder} is not a run directory: it has no config.toml")
     return load_config(folder / "config.toml", merges=False)
+
+
+def read_id(folder: Path) -> str:
+    """The run's id: random, made with its directory, so that a run resumed has it and one of the
+    same name that began anew has another. Nothing that is trained depends on it.
+
+    ValueError where there is none.
+    """
+    path = folder / RUN_ID
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing: nodes could not tell this run from others; start anew"
+        )
+    return path.read_text(encoding="utf-8").strip()
 
 
 def append_record(folder: Path, record: Mapping[str, Any]) -> None:

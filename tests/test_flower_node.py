@@ -65,7 +65,7 @@ def test_a_node_refuses_what_is_beyond_its_limits(
     place: Place, own: dict[str, Any], change: dict[str, Any], code: str | None
 ) -> None:
     ready = node(place, **own)
-    order = replace(Order("run/0", 3, "1", PLAN, ready.loaded.base), **change)
+    order = replace(Order("run/0", 3, "1", PLAN, ready.loaded.base, "id"), **change)
     refused = refusal(ready, order)
     assert (refused[0] if refused else None) == code
 
@@ -190,7 +190,7 @@ def test_an_order_that_is_none_is_answered_with_its_code_and_trains_nothing(plac
     ready = load_node(flat, {"partition-id": 0})
     grid = LocalGrid(client, flat, [{"partition-id": 0}])
     (number,) = grid.get_node_ids()
-    order = Order("run/0", 1, "0", PLAN, ready.loaded.base)
+    order = Order("run/0", 1, "0", PLAN, ready.loaded.base, "id")
     tensors = dict(list(order_tensors(ready).items())[:-1])
     replies = grid.send_and_receive(
         [grid.create_message(order_content(order, packed(tensors)), "train", number, "1")]
@@ -305,7 +305,7 @@ def answers(place: Place, own: dict[str, Any], **changes: Any) -> list[str]:
     state = {"name": "north", "state": str(place.folder / "own")}
     grid = LocalGrid(client, flat, [state | own])
     (number,) = grid.get_node_ids()
-    order = order_content(Order("run/0", 1, "north", PLAN, "base"), packed({}))
+    order = order_content(Order("run/0", 1, "north", PLAN, "base", "id"), packed({}))
     asked = [
         grid.create_message(RecordDict(), "query.hello", number, "0"),
         grid.create_message(order, "train", number, "1"),

@@ -372,7 +372,7 @@ ORDER_RUN = "run/0"
 
 
 def order(ready: Any, name: str = ORDER_RUN) -> Order:
-    return Order(name, 1, "1", Plan(*[frozenset({"A", "B", "head"})] * 3), ready.loaded.base)
+    return Order(name, 1, "1", Plan(*[frozenset({"A", "B", "head"})] * 3), ready.loaded.base, "id")
 
 
 def limited(place: Place, settings: dict[str, Any], name: str = "run", **limits: Any) -> Any:

@@ -14,7 +14,7 @@ from fedlora.adapter import PARTS
 from fedlora.flower.wire import Order, order_content, packed, reply_content, tensors_of
 from fedlora.rules import Plan
 
-ORDER = Order("demo/0", 1, "0", Plan(PARTS, PARTS, PARTS), "0123456789abcdef")
+ORDER = Order("demo/0", 1, "0", Plan(PARTS, PARTS, PARTS), "0123456789abcdef", "id")
 
 
 def trained() -> dict[str, Tensor]:

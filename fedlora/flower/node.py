@@ -30,11 +30,13 @@ from fedlora.model import Model, configured_model, read_adapter
 from fedlora.modes import merge_policy
 from fedlora.policy import cut_for
 from fedlora.privacy.ledger import LEDGERS, close_all
+from fedlora.recording import run_folder
 from fedlora.settings import DataSettings
 
 LIMITS = ("max-rounds", "min-examples", "rules", "base", "epsilon", "delta", "share-metrics")
 OWN = ("name", "data", "evaluate", "text", "pair", "label")  # of a node with a file of its own
 KEYS = ("partition-id", "num-partitions", "state", *OWN, *LIMITS)
+CLIENTS = "clients"  # of a run directory: where nodes without a folder of their own keep states
 KEPT = 3  # states of a client on its disk: after a damaged checkpoint two rounds are repeated
 
 
@@ -88,7 +90,7 @@ def load_node(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> 
         raise ValueError(f"there is no data of a client {client!r}: its node config names none")
     policy = merge_policy(loaded.config, names)
     start = cut_for(loaded.start, policy.receivers.get(client))
-    folder = node_config.get("state") or Path(loaded.config.run.out or ".") / "clients"
+    folder = node_config.get("state") or run_folder(loaded.config) / CLIENTS
     limits = {key: node_config[key] for key in LIMITS if key in node_config}
     private = loaded.config.privacy.unit == "example" and "data" in node_config
     if private and "state" not in node_config:
@@ -110,9 +112,9 @@ def train(node: Node, order: Order, content: RecordDict) -> tuple[ClientResult, 
     held = overlay(tensors, node.start)
     ledgers = ledger_folder(node.states, order.run)
     fit = make_fit(node.loaded.model, node.loaded.data, node.loaded.config, ledgers)
-    state = read_state(node.states, order.run, order.round)
+    state = read_state(node.states, order.run_id, order.round)
     result = fit(node.client, order.round, plan, held, state)
-    keep_state(node.states, order.run, order.round, result.state)
+    keep_state(node.states, order.run_id, order.round, result.state)
     close_all(ledgers, order.round)
     return result, flatten(result.adapter, plan.shares)
 
@@ -123,7 +125,7 @@ def ledger_folder(states: Path, run: str) -> Path:
 
 
 def read_state(folder: Path, run: str, round: int) -> ClientState:
-    """What the client kept from its last round before this one; nothing for another run.
+    """What the client kept from its last round before this one; nothing for another run's id.
 
     ValueError where the file is damaged: training on without what it kept would be another run.
     """

@@ -24,7 +24,7 @@ from fedlora.privacy.plan import announce, merge_for
 from fedlora.recording import Job, recording, run_folder
 from fedlora.resume import Resumed, find
 from fedlora.rules import get_rule
-from fedlora.runlog import check_new
+from fedlora.runlog import check_new, read_id
 from fedlora.server import rehearse
 from fedlora.settings import NO_EVALUATION
 from fedlora.tables import label_ids, read_table
@@ -67,7 +67,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> Path:
     with recording(job, _told) as note:
         if checkpoint is None:
             note(None)
-        strategy.note = note
+        strategy.note, strategy.run_id = note, read_id(folder)
         left = job.config.run.rounds - strategy.done_before
         arrays = ArrayRecord(flatten(strategy.progress.state.adapter, WHOLE))
         strategy.start(grid, arrays, num_rounds=left, timeout=config.flower.deadline)

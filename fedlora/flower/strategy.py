@@ -72,6 +72,7 @@ class FedloraStrategy(Strategy):
         self.rule = get_rule(config.merge.rule, **config.merge.options)
         self.policy = merge_policy(config, self.clients)
         self.base, self.note, self.merge = base, note, merge
+        self.run_id = ""  # of the run directory, once there is one
         self.progress = progress or Progress(0, ServerState(start))
         self.done_before = self.progress.round
         self.seen: dict[str, Seen] = {}
@@ -107,7 +108,9 @@ class FedloraStrategy(Strategy):
             if id(tensors) not in made:
                 made[id(tensors)] = packed(tensors)
             node_id = self.seen[client].node_id
-            order = Order(self.run_name, opened.round, client, opened.plan, self.base)
+            order = Order(
+                self.run_name, opened.round, client, opened.plan, self.base, self.run_id
+            )  # fmt: skip
             message = grid.create_message(
                 order_content(order, made[id(tensors)]), TRAIN, node_id, str(opened.round),
                 self.config.flower.deadline,

@@ -35,13 +35,18 @@ LARGEST = 1e30  # of a client's figures: sums over clients and rounds stay finit
 
 @dataclass(frozen=True)
 class Order:
-    """What a client is asked to do in a round, beside the arrays; `run` names the federation."""
+    """What a client is asked to do in a round, beside the arrays.
+
+    `run` names the federation, whoever starts it again; `run_id` is of this run alone, and owns
+    what a client keeps for itself.
+    """
 
     run: str
     round: int
     client: str
     plan: Plan
     base: str
+    run_id: str
 
 
 class WireError(PublicError):
@@ -125,6 +130,7 @@ def order_content(order: Order, records: Packed) -> RecordDict:
         "shares": ",".join(sorted(order.plan.shares)),
         "receives": ",".join(sorted(order.plan.receives)),
         "base": order.base,
+        "run_id": order.run_id,
     }
     return RecordDict({**records, ORDER: ConfigRecord(values)})
 
@@ -134,9 +140,10 @@ def read_order(content: RecordDict) -> Order:
     values = content.config_records.get(ORDER)
     if values is None:
         raise WireError("message", "the message holds no order")
-    texts = {key: _text(values, key) for key in ("run", "client", "base")}
+    texts = {key: _text(values, key) for key in ("run", "client", "base", "run_id")}
     plan = Plan(*(_parts(_text(values, key)) for key in ("trains", "shares", "receives")))
-    return Order(texts["run"], _count(values, "round"), texts["client"], plan, texts["base"])
+    round = _count(values, "round")
+    return Order(texts["run"], round, texts["client"], plan, texts["base"], texts["run_id"])
 
 
 def reply_content(
