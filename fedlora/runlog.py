@@ -65,9 +65,7 @@ def read_id(folder: Path) -> str:
     """
     path = folder / RUN_ID
     if not path.is_file():
-        raise ValueError(
-            f"{path} is missing: nodes could not tell this run from others; start anew"
-        )
+        raise ValueError(f"{path} is missing: nodes know a run by it; start the run anew")
     return path.read_text(encoding="utf-8").strip()
 
 

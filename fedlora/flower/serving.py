@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import numpy as np
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
-from fedlora.adapter import WHOLE, flatten
+from fedlora.adapter import WHOLE, ClientState, flatten
 from fedlora.checks import check_loaded
 from fedlora.config import Config, make_config
 from fedlora.data import Data, Examples, encode, read_silos, tokenised
-from fedlora.flower.node import load_shared
-from fedlora.flower.strategy import FedloraStrategy
+from fedlora.flower.node import CLIENTS, load_shared, read_state
+from fedlora.flower.strategy import FedloraStrategy, Seen
 from fedlora.modes import GLOBAL
 from fedlora.privacy.ledger import LEDGERS
 from fedlora.privacy.plan import announce, merge_for
@@ -54,14 +55,12 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> Path:
         job.config, job.start, names, base=base,
         progress=checkpoint.loops[GLOBAL] if checkpoint else None,
         merge=merge_for(job.config, len(names), job.folder / LEDGERS),
+        kept=partial(kept_here, job.folder, [] if config.flower.clients else names),
     )  # fmt: skip
     strategy.find_nodes(grid, names, config.flower.wait)
     strategy.check_bases()
     if job.config.flower.clients:
-        row = np.zeros(1, dtype=np.int64)  # only their number is known, which takes no memory
-        rows = {c: np.broadcast_to(row, seen.examples) for c, seen in sorted(strategy.seen.items())}
-        none = {client: np.arange(0) for client in rows}
-        job = replace(job, data=replace(job.data, rows=rows, heldout=none))
+        job = replace(job, data=_with_rows(job.data, strategy.seen))
     known = {client: len(job.data.rows.get(client, ())) for client in names}
     job = replace(job, privacy=announce(job.config, known, job.start))
     with recording(job, _told) as note:
@@ -72,6 +71,21 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> Path:
         arrays = ArrayRecord(flatten(strategy.progress.state.adapter, WHOLE))
         strategy.start(grid, arrays, num_rounds=left, timeout=config.flower.deadline)
     return folder
+
+
+def kept_here(folder: Path, clients: Sequence[str], round: int) -> dict[str, ClientState]:
+    """What clients kept for themselves up to a round, in the run directory: where all nodes are on
+    this machine, as in a simulation. Without optimisers, which only their owners need.
+    """
+    found = {
+        client: read_state(folder / CLIENTS / client, read_id(folder), round + 1)
+        for client in clients
+    }
+    return {
+        client: replace(state, optimiser={})
+        for client, state in found.items()
+        if state.adapter is not None
+    }
 
 
 def _job(config: Config, resumed: Resumed | None) -> tuple[Job, str]:
@@ -104,8 +118,15 @@ def _job(config: Config, resumed: Resumed | None) -> tuple[Job, str]:
     return Job(config, data, model, start, resumed), base
 
 
+def _with_rows(data: Data, seen: Mapping[str, Seen]) -> Data:
+    """The data with as many rows of each client as its node says, which are not here."""
+    row = np.zeros(1, dtype=np.int64)  # only their number is known, which takes no memory
+    rows = {client: np.broadcast_to(row, one.examples) for client, one in sorted(seen.items())}
+    return replace(data, rows=rows, heldout={client: np.arange(0) for client in rows})
+
+
 def _told(event: str, facts: Mapping[str, Any]) -> None:
     """The run's events in Flower's log."""
     if event == "round":
-        shared = facts["global"] or {}
+        shared = facts["global"] or facts["personal"] or {}
         log.info("round %d: accuracy %s", facts["round"], shared.get("accuracy", "-"))

@@ -17,7 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord,
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedlora.adapter import WHOLE, Adapter, byte_count, flatten
+from fedlora.adapter import WHOLE, Adapter, ClientState, byte_count, flatten
 from fedlora.config import Config
 from fedlora.flower.wire import (
     ORDER,
@@ -29,8 +29,8 @@ from fedlora.flower.wire import (
     packed,
     read_reply,
 )
-from fedlora.modes import GLOBAL, Step, merge_policy
-from fedlora.rounds import MOST, Failure, Merge, Opened, Reply, close_round, open_round
+from fedlora.modes import GLOBAL, Step, loop_adapters, merge_policy
+from fedlora.rounds import MOST, Closed, Failure, Merge, Opened, Reply, close_round, open_round
 from fedlora.rules import get_rule
 from fedlora.server import ServerState, aggregate
 from fedlora.simulation import Progress
@@ -52,7 +52,8 @@ class Seen:
 
 
 class FedloraStrategy(Strategy):
-    """A federation from its config: `progress` is where it stands, `note` hears of every round.
+    """A federation from its config: `progress` is where it stands, `note` hears of every round,
+    `kept` gives what clients kept for themselves after a round, of those on this machine.
 
     Rounds count on from `progress`, so that a resumed run asks for the rounds that are left.
     """
@@ -67,11 +68,13 @@ class FedloraStrategy(Strategy):
         progress: Progress | None = None,
         merge: Merge = aggregate,
         note: Callable[[Step], None] = lambda step: None,
+        kept: Callable[[int], Mapping[str, ClientState]] = lambda _: {},
     ) -> None:
         self.config, self.start_adapter, self.clients = config, start, sorted(clients)
         self.rule = get_rule(config.merge.rule, **config.merge.options)
         self.policy = merge_policy(config, self.clients)
         self.base, self.note, self.merge = base, note, merge
+        self.kept = kept
         self.run_id = ""  # of the run directory, once there is one
         self.progress = progress or Progress(0, ServerState(start))
         self.done_before = self.progress.round
@@ -131,7 +134,7 @@ class FedloraStrategy(Strategy):
             self.rule, opened, self.progress.state, self.read(replies, opened), self.policy,
             self.merge,
         )  # fmt: skip
-        self.progress = Progress(opened.round, closed.state)
+        self.progress = Progress(opened.round, closed.state, self.states(closed))
         for failure in closed.failures:
             log.warning("round %d: %s: %s", opened.round, failure.code, failure.reason)
             self.seen.pop(failure.client, None)  # ask anew who it is before the next round
@@ -139,7 +142,7 @@ class FedloraStrategy(Strategy):
         self.note(
             Step(
                 opened.round,
-                {GLOBAL: closed.state.adapter},
+                loop_adapters(self.config, self.clients, {GLOBAL: self.progress}),
                 closed.results,
                 closed.state.memory,
                 closed.bytes_up,
@@ -155,6 +158,14 @@ class FedloraStrategy(Strategy):
             ArrayRecord(flatten(closed.state.adapter, WHOLE)),
             MetricRecord({"clients": len(closed.results), "merge_error": error}),
         )
+
+    def states(self, closed: Closed) -> Mapping[str, ClientState]:
+        """The parts that clients keep, where those of all that answered are on this machine."""
+        opened = self.opened
+        if opened is None or opened.plan.trains <= opened.plan.shares:
+            return {}
+        found = self.kept(opened.round)
+        return found if all(result.client in found for result in closed.results) else {}
 
     def read(self, replies: Iterable[Message], opened: Opened) -> list[Reply | Failure]:
         """Every reply as what `close_round` takes, by the node it came from.
