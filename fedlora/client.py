@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from fedlora.adapter import Adapter, ClientResult, ClientState, flatten, overlay
 from fedlora.config import Config
 from fedlora.data import Data
+from fedlora.errors import PublicError
 from fedlora.evaluate import Scores, autocast, evaluate
 from fedlora.model import Model, read_adapter, train_only, write_adapter
 from fedlora.moments import moments, restore, transported
@@ -64,7 +65,7 @@ def make_fit(model: Model, data: Data, config: Config, ledgers: Path | None = No
         metrics |= _own_scores(model, data, config, client, round)
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in flatten(trained).values())
         if not (finite and all(map(math.isfinite, metrics.values()))):
-            raise ValueError(
+            raise PublicError(
                 f"client {client}: training diverged in round {round} (loss "
                 f"{metrics.get('train_loss', '-')}): lower client.lr, now {config.client.lr}"
             )

@@ -62,11 +62,8 @@ class Config:
         lines: list[str] = []
         for section in fields(self):
             values = getattr(self, section.name)
-            lines += [f"[{section.name}]"]
-            lines += [
-                f"{key.name} = {_to_toml(getattr(values, key.name))}" for key in fields(values)
-            ]
-            lines += [""]
+            rows = [f"{key.name} = {_to_toml(getattr(values, key.name))}" for key in fields(values)]
+            lines += [f"[{section.name}]", *rows, ""]
         return "\n".join(lines)
 
 
@@ -265,6 +262,11 @@ def _check_merge(config: Config) -> None:
         residual_policy(rule, None if merge.residual == "rule" else merge.residual)
     except ValueError as error:
         raise ValueError(f"merge.rule: {error}") from None
+    if (rank := rule.options.get("rank")) not in (None, config.model.rank):
+        raise ValueError(
+            f"merge.options.rank = {rank} is not model.rank = {config.model.rank}: rounds go on at "
+            "the rank they began with, set model.rank (the option is for `fedlora merge`)"
+        )
     if any(not 1 <= rank <= config.model.rank for rank in ranks):
         raise ValueError(
             f"client.ranks = {ranks} must lie in 1..{config.model.rank}, the global model.rank"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,8 +62,9 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps the folder for this process until the end; ValueError where another one has it.
+def locked(folder: Path, seconds: float = 0.0) -> Iterator[None]:
+    """Keeps the folder for this process until the end; ValueError where another one has it for
+    longer than so many seconds.
 
     The system gives the lock back when the process ends, however it does.
     """
@@ -71,11 +73,17 @@ def locked(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows: two at the same time are the user's own care
         yield
         return
+    until = time.monotonic() + seconds
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is in use by another process: wait for it") from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    reason = f"{folder} is in use by another process: wait for it"
+                    raise ValueError(reason) from None
+            time.sleep(0.05)
         yield
 
 

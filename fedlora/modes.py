@@ -29,7 +29,7 @@ GLOBAL = ""  # the key of the one adapter that all share
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A finished round in any mode; `adapters` holds the global one, or one per client by name.
+    """A finished round in any mode; `adapters` as in `loop_adapters`.
 
     `loops` is where each loop stands after it: a federation is one loop, called as the global
     adapter; a reference is one per client. `budget` is the error budget of its merge by layer.
@@ -85,7 +85,8 @@ def steps(
     loops = loops or {}
     if config.run.mode == "federated":
         rounds = _federation(config, fit, start, clients, loops.get(GLOBAL), shelve, merge)
-        yield from map(_merged, rounds)
+        for round in rounds:
+            yield _merged(round, loop_adapters(config, clients, {GLOBAL: round.progress}))
         return
     alone = [_alone(config, fit, start, client, loops.get(client)) for client in clients]
     for together in zip(*alone, strict=True):
@@ -98,12 +99,18 @@ def steps(
 def loop_adapters(
     config: Config, clients: list[str], loops: Mapping[str, Progress]
 ) -> dict[str, Adapter]:
-    """The adapters that stand where these loops stand: the global one, or one per client."""
+    """The adapters in use where these loops stand: the global one, or one per client.
+
+    Of a federation whose clients keep parts for themselves those whose states are in its loop; none
+    where they are elsewhere: what the server has is then nobody's adapter.
+    """
     if config.run.mode == "federated":
         progress, policy = loops[GLOBAL], merge_policy(config, clients)
         plan = plan_round(_rule(config), policy.head, progress.state, progress.round)
         adapter = progress.state.adapter
-        return personal_adapters(adapter, progress.clients, plan, policy) or {GLOBAL: adapter}
+        if plan.trains <= plan.shares:
+            return {GLOBAL: adapter}
+        return personal_adapters(adapter, progress.clients, plan, policy)
     if config.run.mode == CENTRAL:
         return {GLOBAL: loops[CENTRAL].state.adapter}
     return {client: loops[client].state.adapter for client in clients}
@@ -193,10 +200,10 @@ def _alone(
     )
 
 
-def _merged(round: Round) -> Step:
+def _merged(round: Round, adapters: dict[str, Adapter]) -> Step:
     return Step(
         round.round,
-        round.personal or {GLOBAL: round.state.adapter},
+        adapters,
         round.results,
         round.state.memory,
         round.bytes_up,

@@ -47,6 +47,11 @@ def predictions(config: Config, model: Model, source: str) -> str:
 def _adapter_folder(folder: Path, client: str) -> Path:
     place = folder / "adapter"
     own = sorted(path.name for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
+    if not place.is_dir() and (folder / "common").is_dir():
+        raise ValueError(
+            f"{folder} has no adapter to use: its clients keep parts of theirs on their own "
+            "machines, common/ is what they share"
+        )
     if not client and not own:
         return place
     if client not in own:

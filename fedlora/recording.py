@@ -33,7 +33,14 @@ from fedlora.resume import CHECKPOINTS, Resumed
 from fedlora.robust import warning
 from fedlora.runlog import append_record, create_run, model_card, versions, write_json
 from fedlora.settings import round_size, shares_metrics
+from fedlora.simulation import Progress
 
+COMMON = "common"  # the folder of what all share, where clients keep the rest on other machines
+COMMON_CARD = """# The common part of a federation
+
+What its clients share, in PEFT's form. What makes an adapter of it (a head, or B) is on their own
+machines; here these are as they were before training. Nobody was scored with it or uses it alone.
+"""
 Watch: TypeAlias = Callable[[str, Mapping[str, Any]], None]
 Note: TypeAlias = Callable[[Step | None], None]
 
@@ -57,18 +64,28 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class _Done:
-    """What is finished so far: the log, the adapters of the last round, and the best ones."""
+    """What is finished so far: the log, the adapters of the last round, and the best ones.
+
+    `common` is what all clients share, where none of their own adapters is here.
+    """
 
     records: Sequence[Record]
     adapters: Mapping[str, Adapter]
     scores: Scores | None
     best: tuple[float, int, Mapping[str, Adapter]] | None = None
+    common: Adapter | None = None
 
-    def then(self, record: Record, adapters: Mapping[str, Adapter], scores: Scores | None) -> _Done:
+    def then(
+        self,
+        record: Record,
+        adapters: Mapping[str, Adapter],
+        scores: Scores | None,
+        common: Adapter | None,
+    ) -> _Done:
         best, held = self.best, record["heldout"]
         if held and (best is None or held["accuracy"] > best[0]):
             best = (held["accuracy"], record["round"], adapters)
-        return _Done([*self.records, record], adapters, scores, best)
+        return _Done([*self.records, record], adapters, scores, best, common)
 
 
 def run_folder(config: Config) -> Path:
@@ -109,7 +126,8 @@ def recording(job: Job, watch: Watch) -> Iterator[Note]:
         record = round_record(round, scored, step, seconds_evaluate=spent, seconds_total=total)
         began = perf_counter()  # what writing and watching take counts for the next round
         append_record(job.folder, record)
-        done = done.then(record, adapters, scored.shared.get(GLOBAL))
+        common = _common(step.loops, adapters) if step else None
+        done = done.then(record, adapters, scored.shared.get(GLOBAL), common)
         if step is not None:
             _keep(job.folder, step, done)
         watch("round", record)
@@ -137,7 +155,12 @@ def _begun(job: Job) -> _Done:
     adapters = loop_adapters(config, sorted(data.rows), checkpoint.loops)
     scored = _evaluated(job.model, data, config, checkpoint.round, adapters)
     best = (*checkpoint.notes["best"], checkpoint.best) if checkpoint.notes["best"] else None
-    return _Done(records, adapters, scored.shared.get(GLOBAL), best)
+    common = _common(checkpoint.loops, adapters)
+    return _Done(records, adapters, scored.shared.get(GLOBAL), best, common)
+
+
+def _common(loops: Mapping[str, Progress], adapters: Mapping[str, Adapter]) -> Adapter | None:
+    return None if adapters else loops[GLOBAL].state.adapter
 
 
 def _keep(folder: Path, step: Step, done: _Done) -> None:
@@ -212,13 +235,15 @@ def _save(job: Job, done: _Done, sizes: Mapping[str, Any], stopped: str) -> None
     if config.run.save_best and done.best:
         wanted["best"] = done.best[2]
         summary["best"] = {"round": done.best[1], "heldout_accuracy": done.best[0]}
+    if done.common is not None:
+        wanted[COMMON] = {GLOBAL: done.common}
     card = model_card(config, summary, portable_name(config.model.name))
     for kind, adapters in wanted.items():
         shutil.rmtree(folder / kind, ignore_errors=True)  # of an interrupted run that was resumed
         for client, adapter in adapters.items():
             place = folder / kind / client if client else folder / kind
             save_adapter(job.model, adapter, place)
-            write_text(place / "README.md", card)
+            write_text(place / "README.md", COMMON_CARD if kind == COMMON else card)
     if config.run.save_merged and GLOBAL in done.adapters:
         shutil.rmtree(folder / "merged", ignore_errors=True)
         save_merged(job.model, done.adapters[GLOBAL], folder / "merged")

@@ -51,10 +51,12 @@ def round_record(
     """The line of one round, `scored` with the adapters that it ended with.
 
     `global` scores the global adapter on the shared set; where clients have adapters of their own,
-    `personal` is the mean over them. `subset` is the same on the rows that earlier rounds were
-    scored on, in a last round that has more. `heldout` is over the held-out rows of all clients,
-    whether they took part or not, and `clients` of those who did; their `evaluation` and `heldout`
-    are of the client's adapter before the merge.
+    `personal` is the mean over them. Where clients keep what makes an adapter theirs on other
+    machines, `personal` is the mean of what they say of their own, with `before_merge` true: each
+    on its own evaluation rows, before the round's merge. `subset` is the same on the rows that
+    earlier rounds were scored on, in a last round that has more. `heldout` is over the held-out
+    rows of all clients, whether they took part or not, and `clients` of those who did; their
+    `evaluation` and `heldout` are of the client's adapter before the merge.
 
     Losses are in nats, bytes are those of the arrays, seconds are wall-clock: `compute` is forward,
     backward and optimiser steps (None where a client does not let its own out), `total` the whole
@@ -75,9 +77,12 @@ def round_record(
         }
         for result in results
     }
+    shared = _shared(scored.shared)
+    if step is not None and not step.adapters:
+        shared["personal"] = _reported([_scores(own, "evaluation") for own in metrics])
     return {
         "round": round,
-        **_shared(scored.shared),
+        **shared,
         "subset": next((one for one in _shared(scored.subset).values() if one), None),
         "heldout": _pooled(scored.heldout),
         "clients": clients,
@@ -190,6 +195,13 @@ def _shared(scores: Mapping[str, Scores]) -> Record:
     each = [own.record() for name, own in scores.items() if name != GLOBAL]
     mean = {key: sum(own[key] for own in each) / len(each) for key in each[0]} if each else None
     return {"global": one, "personal": mean}
+
+
+def _reported(evaluations: Sequence[Record | None]) -> Record | None:
+    """The mean of what clients say of their own adapters; None where none says anything."""
+    each = [own for own in evaluations if own]
+    mean = {key: sum(own[key] for own in each) / len(each) for key in each[0]} if each else None
+    return {**mean, "before_merge": True} if mean else None
 
 
 def _pooled(heldout: Mapping[str, Scores]) -> Record | None:

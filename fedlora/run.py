@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 from fedlora.adapter import Adapter, ClientResult, ClientState, byte_count, flatten
+from fedlora.checks import check_loaded
 from fedlora.client import make_fit
 from fedlora.config import Config
 from fedlora.data import read_silos, tokenised
-from fedlora.model import configured_model, longest_input, read_adapter
+from fedlora.model import configured_model, read_adapter
 from fedlora.modes import for_mode, merge_policy, steps
 from fedlora.privacy.ledger import LEDGERS
-from fedlora.privacy.plan import announce, hides_evaluation, merge_for
-from fedlora.privacy.plan import check as check_privacy
+from fedlora.privacy.plan import announce, merge_for
 from fedlora.recording import Job, Watch, recording, run_folder
 from fedlora.resume import Resumed
 from fedlora.rules import Plan, get_rule
@@ -41,22 +41,12 @@ def prepare(config: Config, resumed: Resumed | None = None) -> Job:
     silos = read_silos(config)
     config = replace(config, data=replace(config.data, labels=silos.labels))
     model = configured_model(config, silos.labels)
-    if config.data.max_length > longest_input(model):
-        raise ValueError(
-            f"data.max_length = {config.data.max_length} is more than the model reads: "
-            f"take at most {longest_input(model)}"
-        )
     start = read_adapter(model)
     if config.run.mode == "federated":
         rehearse(get_rule(config.merge.rule, **config.merge.options), start)
         merge_policy(config, sorted(silos.parts))
-    check_privacy(config)
     data = tokenised(config, silos, model.tokenizer)
-    if hides_evaluation(config, data):
-        raise ValueError(
-            "privacy.unit = 'example' needs data.evaluate, a public set: without it the clients' "
-            "own held-out rows are scored; or let them be with privacy.share_metrics = true"
-        )
+    check_loaded(config, model, data)
     executed, pooled = for_mode(config, data)
     rows = {client: len(own) for client, own in pooled.rows.items()}
     return Job(config, data, model, start, resumed, announce(executed, rows, start))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
@@ -19,12 +20,13 @@ from fedlora.config import Config, load_config
 from fedlora.files import new_folder, write_bytes, write_text
 from fedlora.own_rules import rule_file
 
+RUN_ID = "run-id"  # the file of a run directory
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors")
 RULE_COPY = "rule.py"  # in a run's folder: the user's own rule that made the run
 
 
 def create_run(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
-    """Makes the run directory with config, versions and, where it has one, the user's rule.
+    """Makes the run directory with config, versions, an id and, where it has one, the user's rule.
 
     ValueError if it is there already.
     """
@@ -32,6 +34,7 @@ def create_run(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
     with new_folder(folder) as temporary:
         write_text(temporary / "config.toml", config.toml())
         write_json(temporary / "versions.json", {**versions(), **facts})
+        write_text(temporary / RUN_ID, secrets.token_hex(16) + "\n")
         if source := rule_file(config.merge.rule):
             write_bytes(temporary / RULE_COPY, source.read_bytes())
 
@@ -53,6 +56,18 @@ def read_config(folder: Path) -> Config:
     if not (folder / "config.toml").is_file():
         raise ValueError(f"{folder} is not a run directory: it has no config.toml")
     return load_config(folder / "config.toml", merges=False)
+
+
+def read_id(folder: Path) -> str:
+    """The run's id: random, made with its directory, so that a run resumed has it and one of the
+    same name that began anew has another. Nothing that is trained depends on it.
+
+    ValueError where there is none.
+    """
+    path = folder / RUN_ID
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: nodes know a run by it; start the run anew")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def append_record(folder: Path, record: Mapping[str, Any]) -> None:

@@ -150,6 +150,10 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "done.then(record, done.adapters, scored", "the start is saved as the result", "run"),
     ("override-paths-lost", "config.py", "anchored(parse_overrides(overrides), Path.cwd())",
      "parse_overrides(overrides)", "config.toml of the run points nowhere", "run_cli"),
+    ("another-rank-let-in", "config.py",
+     'if (rank := rule.options.get("rank")) not in (None, config.model.rank):',
+     'if (rank := rule.options.get("rank")) and False:',
+     "a rank of the rule's own breaks the run after its first round", "config"),
 ]]
 # fmt: on
 

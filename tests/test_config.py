@@ -31,7 +31,7 @@ UNUSUAL: dict[str, Any] = {
     "partition.shares": [[0.1, 0.9], [0.9, 0.1], [0.5, 0.5]],
     "client.lr": 3e16,
     "merge.rule": "fra",
-    "merge.options": {"gauge": "orthonormal", "rank": 4},
+    "merge.options": {"gauge": "orthonormal", "rank": 8},
     "evaluate.clients": False,
 }
 
@@ -141,7 +141,7 @@ def test_defaults_pass_their_own_checks_and_are_not_shared() -> None:
         ("data.clients.hospital.b=x.csv", "data", "clients", {"hospital.b": "x.csv"}),
         ("data.clients.2024=2024", "data", "clients", {"2024": "2024"}),
         ("merge.options.gauge=orthonormal", "merge", "options", {"gauge": "orthonormal"}),
-        ("merge.options.rank=4", "merge", "options", {"rank": 4}),
+        ("merge.options.rank=8", "merge", "options", {"rank": 8}),
     ],
 )
 def test_an_override_is_read_as_its_settings_type(
@@ -154,9 +154,9 @@ def test_an_override_is_read_as_its_settings_type(
 
 def test_overrides_win_over_the_file_and_later_ones_over_earlier(write: Write) -> None:
     path = write("[run]\nseed = 1\nrounds = 4\n[merge]\noptions = {gauge = 'orthonormal'}\n")
-    config = load_config(path, ["run.seed=2", "run.seed=3", "merge.options.rank=5"])
+    config = load_config(path, ["run.seed=2", "run.seed=3", "merge.options.rank=8"])
     assert (config.run.seed, config.run.rounds) == (3, 4)
-    assert config.merge.options == {"gauge": "orthonormal", "rank": 5}
+    assert config.merge.options == {"gauge": "orthonormal", "rank": 8}
 
 
 def test_an_override_of_one_entry_keeps_the_other_entries_of_the_file(write: Write) -> None:
@@ -166,9 +166,9 @@ def test_an_override_of_one_entry_keeps_the_other_entries_of_the_file(write: Wri
 
 
 def test_making_a_config_leaves_its_argument_alone() -> None:
-    flat = {"merge.options": {"rank": 4}, "merge.options.gauge": "orthonormal"}
+    flat = {"merge.options": {"rank": 8}, "merge.options.gauge": "orthonormal"}
     make_config(flat)
-    assert flat["merge.options"] == {"rank": 4}
+    assert flat["merge.options"] == {"rank": 8}
 
 
 def test_an_override_without_an_equals_sign_is_refused() -> None:
@@ -268,6 +268,10 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
         make_config({"data.labels": ["0", "1"], "data.label_names": ["no"]})
     with pytest.raises(ValueError, match=r"save_best needs data\.holdout above 0"):
         make_config({"run.save_best": True, "data.holdout": 0})
+    with pytest.raises(ValueError, match=r"rank = 4 is not model\.rank = 2: .* set model\.rank"):
+        make_config({"model.rank": 2, "merge.options.rank": 4})
+    with pytest.raises(ValueError, match=r"merge\.options\.rank = 0 is not model\.rank = 8"):
+        make_config({"merge.options.rank": 0})
     with pytest.raises(ValueError, match="rule 'ffa' has no option 'gauge'; it has no options"):
         make_config({"merge.rule": "ffa", "merge.options": {"gauge": "balanced"}})
 

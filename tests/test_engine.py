@@ -17,10 +17,16 @@ Tiny = Callable[[str], Path]
 
 
 @pytest.mark.slow
-def test_flowers_simulation_gives_the_bytes_of_the_plain_loop(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "client"), [({"merge__rule": "fedex"}, ""), ({"merge__head": "local"}, "1")]
+)
+def test_flowers_simulation_gives_the_bytes_of_the_plain_loop(
+    tiny: Tiny, tmp_path: Path, changes: dict[str, str], client: str
+) -> None:
+    """Also where every client has an adapter of its own."""
     place = Place(tiny("bert"), tmp_path)
-    plain = place.run("plain", merge__rule="fedex", client__ranks=[])
-    config = place.config("flower", merge__rule="fedex")
+    plain = place.run("plain", **changes)
+    config = place.config("flower", **changes)
     (tmp_path / "c.toml").write_text(config.toml())
     done = subprocess.run(
         [sys.executable, "-m", "fedlora", "run", str(tmp_path / "c.toml"), "--engine", "flower"],
@@ -29,7 +35,8 @@ def test_flowers_simulation_gives_the_bytes_of_the_plain_loop(tiny: Tiny, tmp_pa
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     flower = tmp_path / "flower"
-    assert adapter_bytes(flower) == adapter_bytes(plain)
+    kind = f"adapter/{client}"
+    assert adapter_bytes(flower, kind) == adapter_bytes(plain, kind)
     assert summary(flower)["final"] == summary(plain)["final"]
     assert (flower / "report.png").is_file()
     assert json.dumps(str(flower / "adapter")).strip('"') in done.stdout.replace("\n", "")

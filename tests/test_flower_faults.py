@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bad_replies import FAULTS, FAULTY, LENIENT, Fault, on_flower, run_without, unasked
+from bad_replies import FAULTS, FAULTY, LENIENT, NODES, Fault, on_flower, run_without, unasked
 from bench import Place, adapter_bytes, records
 from conftest import random_adapter, same_adapters
 from flower_grid import LocalGrid
@@ -134,6 +135,30 @@ def test_a_stopped_server_goes_on_to_the_same_bytes(place: Place, damaged: bool)
     assert adapter_bytes(on_flower(place, "stopped", **changes)) == adapter_bytes(whole)
 
 
+@pytest.mark.parametrize("changes", [{"client__optimiser": "keep"}, {"merge__head": "local"}])
+def test_a_run_of_the_same_name_and_seed_knows_nothing_of_the_one_before(
+    place: Place, changes: dict[str, Any]
+) -> None:
+    """Nodes keep their states where the server's run directory is not."""
+    changes |= {"run__rounds": 4, "merge__participation": 0.6}
+    nodes = [node | {"state": str(place.folder / "nodes")} for node in NODES]
+    before = adapter_hashes(on_flower(place, "again", {"nodes": nodes}, **changes))
+    states = {path: path.read_bytes() for path in place.folder.glob("nodes/*/*.state")}
+    assert states
+    shutil.rmtree(place.folder / "again")
+    again = on_flower(place, "again", {"nodes": nodes}, **changes)
+    assert adapter_hashes(again) == before
+    assert states.keys() >= set(place.folder.glob("nodes/*/*.state"))
+    assert not any(path.read_bytes() == data for path, data in states.items())  # another owner
+
+
+def adapter_hashes(folder: Path) -> dict[str, bytes]:
+    """The saved tensors, whatever the folder that a run without a global adapter has."""
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors")}
+    assert found
+    return found
+
+
 def test_two_thousand_generated_replies_change_nothing_and_raise_nothing(place: Place) -> None:
     """Fields of every type in every place: refused one and all, the merge is that of the others."""
     rng = random.Random(7)
@@ -178,7 +203,7 @@ def test_two_thousand_generated_replies_change_nothing_and_raise_nothing(place: 
     state, rule = ServerState(start), get_rule("fra")
     opened = open_round(rule, start, state, 1, ["a", "b"], seed=0, participation=1.0, policy=PLAIN)
     grid = LocalGrid(lambda message, context: message, {}, [{}])
-    order = Order("run/0", 1, "b", opened.plan, "hash")
+    order = Order("run/0", 1, "b", opened.plan, "hash", "id")
     figures = dict.fromkeys(FIGURES, 0.5)
     other = replace(order, client="a")
     good = reply_content(other, dict(opened.messages["a"]), 5, figures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,24 @@ import pytest
 from bench import Place, records, summary
 from conftest import random_adapter, same_adapters
 from flower_grid import LocalGrid
-from flwr.app import Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from tiny import toy_rows, write_lines
 
 from fedlora.adapter import ClientState
-from fedlora.flower.app import client
-from fedlora.flower.node import KEPT, keep_state, load_node, read_state, refusal
+from fedlora.flower.app import FAILED, client
+from fedlora.flower.limits import refusal
+from fedlora.flower.node import (
+    KEPT,
+    fingerprint,
+    keep_state,
+    load_node,
+    read_state,
+)
 from fedlora.flower.project import write_project
 from fedlora.flower.serving import serve
-from fedlora.flower.wire import Order, order_content
+from fedlora.flower.strategy import FedloraStrategy
+from fedlora.flower.wire import Order, order_content, packed
+from fedlora.model import configured_model
 from fedlora.rules import Plan
 
 pytest_plugins = ["tiny"]
@@ -54,7 +65,7 @@ def test_a_node_refuses_what_is_beyond_its_limits(
     place: Place, own: dict[str, Any], change: dict[str, Any], code: str | None
 ) -> None:
     ready = node(place, **own)
-    order = replace(Order("run/0", 3, "1", PLAN, ready.loaded.base), **change)
+    order = replace(Order("run/0", 3, "1", PLAN, ready.loaded.base, "id"), **change)
     refused = refusal(ready, order)
     assert (refused[0] if refused else None) == code
 
@@ -179,10 +190,10 @@ def test_an_order_that_is_none_is_answered_with_its_code_and_trains_nothing(plac
     ready = load_node(flat, {"partition-id": 0})
     grid = LocalGrid(client, flat, [{"partition-id": 0}])
     (number,) = grid.get_node_ids()
-    order = Order("run/0", 1, "0", PLAN, ready.loaded.base)
+    order = Order("run/0", 1, "0", PLAN, ready.loaded.base, "id")
     tensors = dict(list(order_tensors(ready).items())[:-1])
     replies = grid.send_and_receive(
-        [grid.create_message(order_content(order, tensors), "train", number, "1")]
+        [grid.create_message(order_content(order, packed(tensors)), "train", number, "1")]
     )
     (reply,) = replies
     assert reply.content.config_records["reply"]["code"] == "names"
@@ -212,3 +223,154 @@ def test_a_project_is_written_whole_and_holds_the_config(place: Place, tmp_path:
         write_project(tmp_path / "project", config)
     with pytest.raises(ValueError, match="needs no other machines"):
         write_project(tmp_path / "other", place.config("x", run__mode="central"))
+
+
+OWN: dict[str, Any] = {"data__labels": ["neg", "pos"], "flower__clients": ["north"]}
+
+
+@pytest.mark.parametrize("far", [{}, OWN], ids=["dealt", "own data"])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"data__max_length": 512}, "max_length = 512 is more than the model reads"),
+        ({"privacy__unit": "example", "client__ranks": [1]}, r"does not go with client\.ranks"),
+        ({"privacy__unit": "example", "data__evaluate": ""}, r"needs data\.evaluate, a public set"),
+    ],
+    ids=["length", "ranks", "evaluation"],
+)
+def test_server_and_nodes_check_what_a_run_in_one_process_checks(
+    place: Place, changes: dict[str, Any], says: str, far: dict[str, Any]
+) -> None:
+    """But for rows that nobody else scores: nodes with their own need no public set."""
+    flat = place.config("run", **changes | far).flat()
+    own = {"name": "north", "data": str(place.train), "state": str(place.folder / "own")}
+    if far and "data__evaluate" in changes:
+        load_node(flat, own)
+        return
+    with pytest.raises(ValueError, match=says):
+        load_node(flat, own if far else {"partition-id": 0, "state": str(place.folder / "own")})
+    with pytest.raises(ValueError, match=says):
+        serve(LocalGrid(client, flat, []), flat | {"flower.wait": 0.1})
+    assert not (place.folder / "run").exists()
+
+
+def test_a_fingerprint_is_that_of_the_base_alone(place: Place, tiny: Tiny) -> None:
+    """Not of the run's seed, its labels, or the layers that get an adapter; of precision, yes."""
+
+    def of(*labels: str, **changes: Any) -> str:
+        config = place.config(**changes)
+        return fingerprint(configured_model(config, labels or ["neg", "pos"]))
+
+    own = of()
+    assert own == of(run__seed=5) == of("a", "b", "c") == of(model__targets=["key"], model__rank=1)
+    assert own != of(model__name=str(tiny("roberta")))
+    assert own != of(run__precision="bfloat16")
+    drawn = {"model__name": str(tiny("distilbert")), "model__targets": ["q_lin"]}
+    assert of(**drawn) == of(**drawn, run__seed=5)  # with a layer more that is drawn
+
+
+def test_bases_of_another_precision_are_refused_with_the_setting(place: Place) -> None:
+    flat = place.config("run").flat()
+    grid = LocalGrid(client, flat | {"run.precision": "bfloat16"}, [{"partition-id": 0}])
+    with pytest.raises(ValueError, match=r"the same model\.name, revision and run\.precision"):
+        serve(grid, flat | {"flower.wait": 0.1})
+
+
+def test_clients_that_are_sent_the_same_share_its_bytes(place: Place) -> None:
+    """Forty clients hold one message of 16 MB, not forty."""
+    config = place.config("run", client__ranks=[2, 1], model__rank=2)
+    ready = load_node(config.flat(), {"partition-id": 0})
+    strategy = FedloraStrategy(config, ready.loaded.start, ["0", "1", "2"], base=ready.loaded.base)
+    grid = LocalGrid(client, config.flat(), [{"partition-id": k} for k in range(3)])
+    messages = strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid)
+    data = [m.content.array_records["arrays"]["packed"].data for m in messages]
+    assert data[0] is data[2]
+    assert len(data[1]) < len(data[0])
+    said = [m.content.config_records["order"]["client"] for m in messages]
+    assert said == ["0", "1", "2"]
+
+
+SECRET = "patient Jane Doe of Elm Street"
+
+
+def private_file(place: Place, **row: str) -> Path:
+    """A node's file with one odd row, the first."""
+    odd, *rows = [{"text": text, "label": label} for text, label in toy_rows(20)]
+    return write_lines(place.folder / "private.jsonl", [odd | row, *rows])
+
+
+def answers(place: Place, own: dict[str, Any], **changes: Any) -> list[str]:
+    """What a node of its own file says to a question and to an order, the whole of it as text."""
+    flat = place.config("run", **OWN | changes).flat()
+    state = {"name": "north", "state": str(place.folder / "own")}
+    grid = LocalGrid(client, flat, [state | own])
+    (number,) = grid.get_node_ids()
+    order = order_content(Order("run/0", 1, "north", PLAN, "base", "id"), packed({}))
+    asked = [
+        grid.create_message(RecordDict(), "query.hello", number, "0"),
+        grid.create_message(order, "train", number, "1"),
+    ]
+    replies = [grid.send_and_receive([message]) for message in asked]
+    assert not any(reply.has_error() for (reply,) in replies)
+    return [str(reply.content.config_records["reply"]) for (reply,) in replies]
+
+
+@pytest.mark.parametrize(
+    ("row", "changes"),
+    [
+        ({"label": SECRET}, {}),
+        ({"text": SECRET}, {"data__label": "text"}),
+        ({SECRET: ""}, {"data__text": "diagnosis"}),
+    ],
+    ids=["odd label", "servers column", "names of columns"],
+)
+def test_what_a_node_cannot_read_stays_in_its_own_log(
+    place: Place, row: dict[str, str], changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server's config names columns and labels: what does not fit them was sent back to it."""
+    file = private_file(place, **row)
+    for said in answers(place, {"data": str(file)}, **changes):
+        assert "'code': 'error'" in said
+        assert FAILED in said
+        assert not any(word in said for word in ("Jane", "good", "text", str(place.folder)))
+    assert SECRET in caplog.text
+
+
+def test_a_node_that_is_broken_says_nothing_of_how(place: Place) -> None:
+    """Neither of its folders, nor of a limit that makes no sense."""
+    states = place.folder / "own" / "north"
+    states.mkdir(parents=True)
+    (states / "round-000000.state").write_bytes(b"no state")
+    own = {"name": "north", "data": str(place.train), "state": str(place.folder / "own")}
+    flat = place.config("run", **OWN, run__rounds=1, run__max_failed_rounds=1).flat()
+    for limit in ({}, {"max-rounds": SECRET}):
+        with pytest.raises(ValueError, match=f"error: client north: {FAILED}") as caught:
+            serve(LocalGrid(client, flat, [own | limit]), flat)
+        assert "Jane" not in str(caught.value)
+        shutil.rmtree(place.folder / "run")
+
+
+def test_the_server_learns_which_node_to_ask(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    flat = place.config("run", **OWN).flat() | {"flower.wait": 0.1}
+    own = {"name": "north", "data": str(private_file(place, label=SECRET)), "state": "/nowhere"}
+    with pytest.raises(ValueError, match="client north did not answer in time"):
+        serve(LocalGrid(client, flat, [own]), flat)
+    told = [r.getMessage() for r in caplog.records if r.name == "fedlora.flower.strategy"]
+    assert any(f"(north) did not introduce itself: {FAILED}" in line for line in told)
+    assert not any("Jane" in line for line in told)
+
+
+def test_a_nodes_own_columns_win_over_the_servers(place: Place) -> None:
+    rows = [
+        {"note": text, "text": SECRET, "class": label, "x": "film"} for text, label in toy_rows(20)
+    ]
+    file = write_lines(place.folder / "own.jsonl", rows)
+    own = {"name": "north", "data": str(file), "text": "note", "label": "class"}
+    asked = {"data__text": "text", "data__pair": "x", "data__label": "text", **OWN}
+    ready = load_node(place.config(**asked).flat(), own)
+    data, tokens = ready.loaded.data.train, ready.loaded.model.tokenizer
+    first = tokens.decode(data.inputs["input_ids"][0], skip_special_tokens=True)
+    assert first == rows[0]["note"]
+    assert data.labels.tolist() == [["neg", "pos"].index(row["class"]) for row in rows]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,10 @@ from typer.testing import CliRunner
 
 from fedlora import run
 from fedlora.cli import app
+from fedlora.files import locked
 from fedlora.flower.app import client
-from fedlora.flower.node import ledger_folder, load_node, refusal
+from fedlora.flower.limits import admit, refusal
+from fedlora.flower.node import ledger_folder, load_node
 from fedlora.flower.serving import serve
 from fedlora.flower.wire import Order
 from fedlora.privacy.accounting import Mechanism, epsilon, noise_for
@@ -469,7 +474,15 @@ ORDER_RUN = "run/0"
 
 
 def order(ready: Any, name: str = ORDER_RUN) -> Order:
-    return Order(name, 1, "1", Plan(*[frozenset({"A", "B", "head"})] * 3), ready.loaded.base)
+    return Order(name, 1, "1", Plan(*[frozenset({"A", "B", "head"})] * 3), ready.loaded.base, "id")
+
+
+def limited(place: Place, settings: dict[str, Any], name: str = "run", **limits: Any) -> Any:
+    """A node with a file and limits of its own, in a run of this name."""
+    flat = place.config(name, **{**PRIVATE, "data__labels": ["neg", "pos"], **settings}).flat()
+    file = write_csv(place.folder / "own.csv", toy_rows(16))
+    own = {"name": "1", "data": str(file), "state": str(place.folder / "states")}
+    return load_node(flat, own | limits)
 
 
 @pytest.mark.parametrize(
@@ -490,22 +503,60 @@ def order(ready: Any, name: str = ORDER_RUN) -> Order:
 def test_a_node_allows_so_much_over_all_runs(
     place: Place, limits: dict[str, Any], before: float, settings: dict[str, Any], code: str | None
 ) -> None:
-    flat = place.config("run", **{**PRIVATE, **settings}).flat()
-    ready = load_node(flat, {"partition-id": 1, "state": str(place.folder), **limits})
+    ready = limited(place, settings, **limits)
     if before:
         terms = Terms("1", "example", float(before), 1e-5)
         noise = Mechanism(noise_for(float(before), 1e-5, 1))
         intend(ledger_folder(ready.states, "../older/0") / "1.ledger", terms, 1, [noise])
-    refused = refusal(ready, order(ready))
+    refused = admit(ready, order(ready))
     assert (refused[0] if refused else None) == code
+    opened = list(ledger_folder(ready.states, ORDER_RUN).glob("*.ledger"))
+    assert len(opened) == (code is None)
 
 
 def test_a_node_with_a_limit_refuses_a_run_without_privacy(place: Place) -> None:
-    own = {"partition-id": 1, "epsilon": 8, "state": str(place.folder)}
-    ready = load_node(place.config("run").flat(), own)
-    refused = refusal(ready, order(ready))
+    ready = limited(place, {"privacy__unit": "none"}, epsilon=8)
+    refused = admit(ready, order(ready))
     assert refused is not None
     assert refused[1].startswith("the run protects no examples")
+
+
+def test_runs_at_the_same_time_do_not_spend_the_same_epsilon(place: Place) -> None:
+    """Each of three is looked at before any of them has drawn anything."""
+    names = ("one", "two", "three")
+    ready = [limited(place, {}, name, epsilon=17) for name in names]
+    orders = [order(node, f"{name}/0") for node, name in zip(ready, names, strict=True)]
+    refused = [admit(node, asked) for node, asked in zip(ready, orders, strict=True)]
+    assert [reason and reason[0] for reason in refused] == [None, None, "epsilon"]
+    assert "16 of 2 others" in str(refused[2])
+    assert admit(ready[0], replace(orders[0], round=2)) is None  # what is set aside counts once
+
+
+def test_a_budget_is_set_aside_by_one_run_at_a_time(place: Place) -> None:
+    ready = limited(place, {}, epsilon=8)
+    ready.states.mkdir(parents=True)
+    with ThreadPoolExecutor() as pool:
+        with locked(ready.states):
+            asked = pool.submit(admit, ready, order(ready))
+            time.sleep(1.0)
+            assert not asked.done()
+        assert asked.result(10) is None
+
+
+def test_a_run_that_cannot_begin_sets_nothing_aside(place: Place) -> None:
+    ready = limited(place, {"privacy__delta": 0.09}, epsilon=8, delta=1)
+    with pytest.raises(ValueError, match="lets one of 12 examples through"):
+        admit(ready, order(ready))
+    assert not list(place.folder.rglob("*.ledger"))
+
+
+@pytest.mark.parametrize("missing", ["name", "data", "state"])
+def test_a_limit_on_epsilon_needs_all_that_names_its_ledgers(place: Place, missing: str) -> None:
+    """Clients x1, x2, ... of the server's config were each given all of epsilon."""
+    own = {"name": "1", "data": str(place.train), "state": str(place.folder), "partition-id": 0}
+    del own[missing]
+    with pytest.raises(ValueError, match=f"a limit on epsilon needs {missing} in the node config"):
+        load_node(place.config("run", **PRIVATE).flat(), own | {"epsilon": 8})
 
 
 def test_a_node_takes_orders_of_the_run_that_it_was_set_up_for_alone(place: Place) -> None:
@@ -519,8 +570,6 @@ def test_a_node_takes_orders_of_the_run_that_it_was_set_up_for_alone(place: Plac
 
 def test_a_budget_needs_a_place_of_the_nodes_own(place: Place) -> None:
     flat = place.config("run", **PRIVATE).flat()
-    with pytest.raises(ValueError, match='needs state="FOLDER"'):
-        load_node(flat, {"partition-id": 1, "epsilon": 8})
     flat |= {"flower.clients": '["0", "1"]', "data.labels": '["neg", "pos"]'}
     with pytest.raises(ValueError, match='needs state="FOLDER"'):
         load_node(flat, {"name": "1", "data": str(place.train)})

@@ -11,10 +11,10 @@ from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedlora.adapter import PARTS
-from fedlora.flower.wire import Order, order_content, reply_content, tensors_of
+from fedlora.flower.wire import Order, order_content, packed, reply_content, tensors_of
 from fedlora.rules import Plan
 
-ORDER = Order("demo/0", 1, "0", Plan(PARTS, PARTS, PARTS), "0123456789abcdef")
+ORDER = Order("demo/0", 1, "0", Plan(PARTS, PARTS, PARTS), "0123456789abcdef", "id")
 
 
 def trained() -> dict[str, Tensor]:
@@ -35,7 +35,7 @@ def objects(record: Any) -> list[bytes]:
 
 
 @pytest.mark.parametrize("content", [
-    order_content(ORDER, trained()),
+    order_content(ORDER, packed(trained())),
     reply_content(ORDER, trained(), 100, {"train_loss": 0.1, "seconds_compute": 1.0, "steps": 20}),
 ], ids=["down", "up"])  # fmt: skip
 def test_a_message_is_at_most_two_percent_more_than_its_numbers_in_few_parts(
@@ -54,7 +54,7 @@ def test_tensors_come_through_to_the_bit_in_any_order_and_of_any_shape() -> None
     names = list(sent)
     for seed in range(5):
         random.Random(seed).shuffle(names)
-        content = order_content(ORDER, {name: sent[name] for name in names})
+        content = order_content(ORDER, packed({name: sent[name] for name in names}))
         layout = content.config_records["layout"]
         content["layout"] = ConfigRecord({name: layout[name] for name in names})
         got = tensors_of(content, want)
@@ -62,4 +62,4 @@ def test_tensors_come_through_to_the_bit_in_any_order_and_of_any_shape() -> None
         for name, tensor in got.items():
             assert tensor.numpy().tobytes() == sent[name].numpy().tobytes()
             assert tensor.untyped_storage().nbytes() == 4 * tensor.numel()
-    assert tensors_of(order_content(ORDER, {}), {}) == {}
+    assert tensors_of(order_content(ORDER, packed({})), {}) == {}

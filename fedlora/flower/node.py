@@ -19,18 +19,24 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter, ClientResult, ClientState, flatten, overlay
 from fedlora.checkpoint import decode_state, encode_state
+from fedlora.checks import check_loaded
 from fedlora.client import make_fit
 from fedlora.config import Config, make_config
 from fedlora.data import Data, read_silos, tokenised
+from fedlora.errors import PublicError
 from fedlora.files import write_bytes
 from fedlora.flower.wire import Order, WireError, shapes_of, tensors_of
 from fedlora.model import Model, configured_model, read_adapter
 from fedlora.modes import merge_policy
 from fedlora.policy import cut_for
-from fedlora.privacy.ledger import LEDGERS, SUFFIX, close_all, is_opened, read_ledger
+from fedlora.privacy.ledger import LEDGERS, close_all
+from fedlora.recording import run_folder
+from fedlora.settings import DataSettings
 
 LIMITS = ("max-rounds", "min-examples", "rules", "base", "epsilon", "delta", "share-metrics")
-KEYS = ("name", "partition-id", "num-partitions", "data", "evaluate", "state", *LIMITS)
+OWN = ("name", "data", "evaluate", "text", "pair", "label")  # of a node with a file of its own
+KEYS = ("partition-id", "num-partitions", "state", *OWN, *LIMITS)
+CLIENTS = "clients"  # of a run directory: where nodes without a folder of their own keep states
 KEPT = 3  # states of a client on its disk: after a damaged checkpoint two rounds are repeated
 
 
@@ -70,7 +76,13 @@ def load_node(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> 
     if odd := sorted(set(node_config) - set(KEYS)):
         raise ValueError(f"node config {odd[0]!r} is not known; known are {', '.join(KEYS)}")
     run_text = json.dumps(dict(run_config), sort_keys=True)
-    own = {key: str(node_config[key]) for key in ("name", "data", "evaluate") if key in node_config}
+    missing = [key for key in ("name", "data", "state") if key not in node_config]
+    if "epsilon" in node_config and missing:
+        raise ValueError(
+            f"a limit on epsilon needs {missing[0]} in the node config as well: a server that "
+            "chooses it begins a new ledger when it likes"
+        )
+    own = {key: str(node_config[key]) for key in OWN if key in node_config}
     loaded = _load(run_text, json.dumps(own) if "data" in own else "")
     names = loaded.config.flower.clients or sorted(loaded.data.rows)
     client = _client_name(names, node_config)
@@ -78,46 +90,15 @@ def load_node(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> 
         raise ValueError(f"there is no data of a client {client!r}: its node config names none")
     policy = merge_policy(loaded.config, names)
     start = cut_for(loaded.start, policy.receivers.get(client))
-    folder = node_config.get("state") or Path(loaded.config.run.out or ".") / "clients"
+    folder = node_config.get("state") or run_folder(loaded.config) / CLIENTS
     limits = {key: node_config[key] for key in LIMITS if key in node_config}
     private = loaded.config.privacy.unit == "example" and "data" in node_config
-    if (private or "epsilon" in limits) and "state" not in node_config:
+    if private and "state" not in node_config:
         raise ValueError(
             'a node with a privacy budget needs state="FOLDER" in its node config: its ledger must '
             "not lie where the server says"
         )
     return Node(client, loaded, start, limits, Path(str(folder)) / client)
-
-
-def refusal(node: Node, order: Order) -> tuple[str, str] | None:
-    """(code, reason) why this node does not do what it is asked, by its own limits; None if it
-    does.
-
-    ValueError where a limit itself makes no sense.
-    """
-    limits, rule = node.limits, node.loaded.config.merge.rule
-    if order.client != node.client:
-        return "client", f"this node is {node.client!r}, the order is for {order.client!r}"
-    own = node.loaded.config.run
-    if order.run != f"{own.name}/{own.seed}":
-        return "run", f"the order is of run {order.run!r}, the node was set up for {own.name!r}"
-    if order.base != node.loaded.base:
-        return "base", f"base model {node.loaded.base} here, {order.base} at the server"
-    if "base" in limits and not node.loaded.base.startswith(str(limits["base"])):
-        return "base", f"base model {node.loaded.base} is not the {limits['base']} allowed here"
-    if "max-rounds" in limits and order.round > int(limits["max-rounds"]):
-        return "rounds", f"round {order.round} is beyond the {limits['max-rounds']} allowed here"
-    allowed = [name.strip() for name in str(limits.get("rules", rule)).split(",")]
-    if rule not in allowed:
-        return "rule", f"rule {rule!r} is not one of {', '.join(allowed)} allowed here"
-    if node.examples < int(limits.get("min-examples", 0)):
-        return (
-            "examples",
-            f"{node.examples} rows are fewer than the {limits['min-examples']} wanted",
-        )
-    if "epsilon" in limits and (reason := _beyond_epsilon(node, order, float(limits["epsilon"]))):
-        return "epsilon", reason
-    return None
 
 
 def train(node: Node, order: Order, content: RecordDict) -> tuple[ClientResult, dict[str, Tensor]]:
@@ -131,9 +112,9 @@ def train(node: Node, order: Order, content: RecordDict) -> tuple[ClientResult, 
     held = overlay(tensors, node.start)
     ledgers = ledger_folder(node.states, order.run)
     fit = make_fit(node.loaded.model, node.loaded.data, node.loaded.config, ledgers)
-    state = read_state(node.states, order.run, order.round)
+    state = read_state(node.states, order.run_id, order.round)
     result = fit(node.client, order.round, plan, held, state)
-    keep_state(node.states, order.run, order.round, result.state)
+    keep_state(node.states, order.run_id, order.round, result.state)
     close_all(ledgers, order.round)
     return result, flatten(result.adapter, plan.shares)
 
@@ -143,35 +124,8 @@ def ledger_folder(states: Path, run: str) -> Path:
     return states / LEDGERS / hashlib.sha256(run.encode()).hexdigest()[:16]
 
 
-def _beyond_epsilon(node: Node, order: Order, limit: float) -> str:
-    """Why this run would let out more of the node's examples than its owner allows; else nothing.
-
-    All runs count together: what they spent, and the whole budget of this one; their deltas must
-    stay within the limit `delta` (else below 1 / rows).
-    """
-    privacy, own = node.loaded.config.privacy, ledger_folder(node.states, order.run)
-    if privacy.unit != "example":
-        return f"the run protects no examples, epsilon is to stay within {limit:g} here"
-    if privacy.share_metrics and not node.limits.get("share-metrics"):
-        return "the run wants figures on private rows (privacy.share_metrics), not allowed here"
-    others = [
-        read_ledger(path)
-        for path in node.states.rglob(f"*{SUFFIX}")
-        if path.parent != own and is_opened(path)
-    ]
-    spent = sum(ledger.spent for ledger in others)
-    deltas = privacy.delta + sum(ledger.terms.delta for ledger in others)
-    most = float(node.limits.get("delta", 1 / node.examples))
-    if spent + privacy.epsilon <= limit and deltas <= most:
-        return ""
-    return (
-        f"epsilon {privacy.epsilon:g} of this run and {spent:.3g} of {len(others)} others (delta "
-        f"{deltas:.2g}) are beyond the {limit:g} (delta {most:.2g}) allowed here"
-    )
-
-
 def read_state(folder: Path, run: str, round: int) -> ClientState:
-    """What the client kept from its last round before this one; nothing for another run.
+    """What the client kept from its last round before this one; nothing for another run's id.
 
     ValueError where the file is damaged: training on without what it kept would be another run.
     """
@@ -198,12 +152,19 @@ def keep_state(folder: Path, run: str, round: int, state: ClientState) -> None:
 
 
 def fingerprint(model: Model) -> str:
-    """A SHA-256 of the base's weights, names and shapes: the same model, or another."""
+    """A SHA-256 of the base's weights, names and shapes at the precision that it computes in.
+
+    Of the base alone: not of the head and the layers that it lacked, which the run's seed drew,
+    nor of where an adapter is put.
+    """
     own = {id(parameter) for parameter in model.parameters.values()}
+    held = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.network.named_parameters()
+        if id(parameter) not in own and "lora_" not in name and ".original_module." not in name
+    }
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.network.named_parameters()):
-        if id(parameter) in own or "lora_" in name:
-            continue
+    for name, parameter in sorted(held.items()):
         plain = parameter.detach().float().cpu().contiguous()
         digest.update(f"{name}{tuple(plain.shape)}".encode())
         digest.update(plain.numpy().data)
@@ -225,18 +186,29 @@ def _load(run_text: str, own_text: str) -> Loaded:
         own = json.loads(own_text)
         if "name" not in own:
             raise ValueError('a node with data of its own needs a name: name="NAME" data="FILE"')
-        mine = {own["name"]: own["data"]}
-        data = replace(config.data, train="", clients=mine, evaluate=own.get("evaluate", ""))
-        config = replace(config, data=data)
+        config = replace(config, data=_own_data(config.data, own))
     elif config.flower.clients:
         raise ValueError("this node has no data: its node config must have name and data")
     silos = read_silos(config)
     config = replace(config, data=replace(config.data, labels=silos.labels))
     model, start, base = load_shared(config, silos.labels)
     tokens = tokenised(config, silos, model.tokenizer)
+    check_loaded(config, model, None if own_text else tokens)
     if own_text:
         tokens = replace(tokens, own_evaluation=True)  # its evaluation file is the node's own, too
     return Loaded(config, model, tokens, start, base)
+
+
+def _own_data(settings: DataSettings, own: Mapping[str, str]) -> DataSettings:
+    """The run's settings with the node's own files, and its own columns where it names any."""
+    files, label = {own["name"]: own["data"]}, own.get("label", settings.label)
+    text, pair = settings.text, settings.pair
+    if "text" in own or "pair" in own:
+        text, pair = own.get("text", ""), own.get("pair", "")
+    return replace(
+        settings, train="", clients=files, evaluate=own.get("evaluate", ""),
+        text=text, pair=pair, label=label,
+    )  # fmt: skip
 
 
 def _client_name(names: list[str], node_config: Mapping[str, Any]) -> str:
@@ -244,11 +216,11 @@ def _client_name(names: list[str], node_config: Mapping[str, Any]) -> str:
     if "name" in node_config:
         name = str(node_config["name"])
         if name not in names:
-            raise ValueError(f"the run knows no client {name!r}; it has {', '.join(names)}")
+            raise PublicError(f"the run knows no client {name!r}; it has {', '.join(names)}")
         return name
     place = node_config.get("partition-id")
     if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(names):
-        raise ValueError(f"node config needs a name, or a partition-id in 0..{len(names) - 1}")
+        raise PublicError(f"node config needs a name, or a partition-id in 0..{len(names) - 1}")
     return names[place]
 
 

@@ -17,11 +17,20 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord,
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedlora.adapter import WHOLE, Adapter, byte_count, flatten
+from fedlora.adapter import WHOLE, Adapter, ClientState, byte_count, flatten
 from fedlora.config import Config
-from fedlora.flower.wire import ORDER, REPLY, Order, order_content, read_reply
-from fedlora.modes import GLOBAL, Step, merge_policy
-from fedlora.rounds import MOST, Failure, Merge, Opened, Reply, close_round, open_round
+from fedlora.flower.wire import (
+    ORDER,
+    REASON,
+    REPLY,
+    Order,
+    Packed,
+    order_content,
+    packed,
+    read_reply,
+)
+from fedlora.modes import GLOBAL, Step, loop_adapters, merge_policy
+from fedlora.rounds import MOST, Closed, Failure, Merge, Opened, Reply, close_round, open_round
 from fedlora.rules import get_rule
 from fedlora.server import ServerState, aggregate
 from fedlora.simulation import Progress
@@ -43,7 +52,8 @@ class Seen:
 
 
 class FedloraStrategy(Strategy):
-    """A federation from its config: `progress` is where it stands, `note` hears of every round.
+    """A federation from its config: `progress` is where it stands, `note` hears of every round,
+    `kept` gives what clients kept for themselves after a round, of those on this machine.
 
     Rounds count on from `progress`, so that a resumed run asks for the rounds that are left.
     """
@@ -58,11 +68,14 @@ class FedloraStrategy(Strategy):
         progress: Progress | None = None,
         merge: Merge = aggregate,
         note: Callable[[Step], None] = lambda step: None,
+        kept: Callable[[int], Mapping[str, ClientState]] = lambda _: {},
     ) -> None:
         self.config, self.start_adapter, self.clients = config, start, sorted(clients)
         self.rule = get_rule(config.merge.rule, **config.merge.options)
         self.policy = merge_policy(config, self.clients)
         self.base, self.note, self.merge = base, note, merge
+        self.kept = kept
+        self.run_id = ""  # of the run directory, once there is one
         self.progress = progress or Progress(0, ServerState(start))
         self.done_before = self.progress.round
         self.seen: dict[str, Seen] = {}
@@ -91,13 +104,18 @@ class FedloraStrategy(Strategy):
         self.opened, self.asked = opened, []
         self.find_nodes(grid, opened.messages, self.config.flower.wait)
         messages = []
+        made: dict[int, Packed] = {}  # clients that are alike are sent the same tensors
         for client, tensors in opened.messages.items():
             if client not in self.seen:
                 continue  # close_round names it as missing
+            if id(tensors) not in made:
+                made[id(tensors)] = packed(tensors)
             node_id = self.seen[client].node_id
-            order = Order(self.run_name, opened.round, client, opened.plan, self.base)
+            order = Order(
+                self.run_name, opened.round, client, opened.plan, self.base, self.run_id
+            )  # fmt: skip
             message = grid.create_message(
-                order_content(order, tensors), TRAIN, node_id, str(opened.round),
+                order_content(order, made[id(tensors)]), TRAIN, node_id, str(opened.round),
                 self.config.flower.deadline,
             )  # fmt: skip
             self.asked.append((message.metadata, client))
@@ -116,7 +134,7 @@ class FedloraStrategy(Strategy):
             self.rule, opened, self.progress.state, self.read(replies, opened), self.policy,
             self.merge,
         )  # fmt: skip
-        self.progress = Progress(opened.round, closed.state)
+        self.progress = Progress(opened.round, closed.state, self.states(closed))
         for failure in closed.failures:
             log.warning("round %d: %s: %s", opened.round, failure.code, failure.reason)
             self.seen.pop(failure.client, None)  # ask anew who it is before the next round
@@ -124,7 +142,7 @@ class FedloraStrategy(Strategy):
         self.note(
             Step(
                 opened.round,
-                {GLOBAL: closed.state.adapter},
+                loop_adapters(self.config, self.clients, {GLOBAL: self.progress}),
                 closed.results,
                 closed.state.memory,
                 closed.bytes_up,
@@ -140,6 +158,14 @@ class FedloraStrategy(Strategy):
             ArrayRecord(flatten(closed.state.adapter, WHOLE)),
             MetricRecord({"clients": len(closed.results), "merge_error": error}),
         )
+
+    def states(self, closed: Closed) -> Mapping[str, ClientState]:
+        """The parts that clients keep, where those of all that answered are on this machine."""
+        opened = self.opened
+        if opened is None or opened.plan.trains <= opened.plan.shares:
+            return {}
+        found = self.kept(opened.round)
+        return found if all(result.client in found for result in closed.results) else {}
 
     def read(self, replies: Iterable[Message], opened: Opened) -> list[Reply | Failure]:
         """Every reply as what `close_round` takes, by the node it came from.
@@ -196,7 +222,12 @@ class FedloraStrategy(Strategy):
         """A node's answer to who it is."""
         node_id = self.greeted.pop(message.metadata.reply_to_message_id)
         if message.has_error():
-            log.warning("a node did not introduce itself: %s", message.error.reason)
+            log.warning("node %d did not introduce itself: %s", node_id, message.error.reason)
+            return
+        said = message.content.config_records.get(REPLY, ConfigRecord())
+        if "code" in said:
+            who, reason = (str(said.get(key, ""))[:REASON] for key in ("client", "reason"))
+            log.warning("node %d (%s) did not introduce itself: %s", node_id, who or "-", reason)
             return
         seen = _seen(node_id, message.content)
         if seen.client in self.clients:
@@ -210,8 +241,9 @@ class FedloraStrategy(Strategy):
             if seen.base != self.base:
                 raise ValueError(
                     f"client {seen.client} holds base model {seen.base}, the server {self.base}: "
-                    "the same adapter would be two models; give both the same model.name and "
-                    "revision"
+                    "the same adapter would be two models; give both the same model.name, "
+                    "revision and run.precision ('auto' is bfloat16 on GPUs that have it, float32 "
+                    "elsewhere)"
                 )
 
     def configure_evaluate(

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.adapter import Adapter, Part, flatten
+from fedlora.errors import PublicError
 from fedlora.records import FIGURES, KINDS, OPTIONAL, SCORES
 from fedlora.rounds import Failure, Opened, Reply
 from fedlora.rules import Plan
@@ -28,21 +29,27 @@ ARRAYS, LAYOUT, ORDER, REPLY, METRICS = "arrays", "layout", "order", "reply", "m
 PACKED = "packed"  # the one array: the tensors of the layout one after another, by sorted name
 FORM = "float32-le"  # an array's bytes: its numbers in C order, little-endian, and nothing else
 REASON = 400  # characters of a reason that are kept
+Packed: TypeAlias = dict[str, ArrayRecord | ConfigRecord]
 LARGEST = 1e30  # of a client's figures: sums over clients and rounds stay finite
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a client is asked to do in a round, beside the arrays; `run` names the federation."""
+    """What a client is asked to do in a round, beside the arrays.
+
+    `run` names the federation, whoever starts it again; `run_id` is of this run alone, and owns
+    what a client keeps for itself.
+    """
 
     run: str
     round: int
     client: str
     plan: Plan
     base: str
+    run_id: str
 
 
-class WireError(ValueError):
+class WireError(PublicError):
     """A message that is not what it should be; `code` is for machines."""
 
     def __init__(self, code: str, reason: str) -> None:
@@ -50,7 +57,7 @@ class WireError(ValueError):
         self.code = code
 
 
-def packed(tensors: Mapping[str, Tensor]) -> dict[str, ArrayRecord | ConfigRecord]:
+def packed(tensors: Mapping[str, Tensor]) -> Packed:
     """The records of named float32 tensors: their shapes, and their numbers in one array."""
     layout: dict[str, Any] = {name: list(tensors[name].shape) for name in sorted(tensors)}
     data = b"".join(_bytes(tensors[name]) for name in layout)
@@ -113,8 +120,8 @@ def _numbers(record: ArrayRecord, count: int) -> NDArray[np.float32]:
     return np.frombuffer(array.data, "<f4")
 
 
-def order_content(order: Order, tensors: Mapping[str, Tensor]) -> RecordDict:
-    """The content of a training message."""
+def order_content(order: Order, records: Packed) -> RecordDict:
+    """The content of a training message; `records` may be shared by many of them."""
     values: dict[str, Any] = {
         "run": order.run,
         "round": order.round,
@@ -123,8 +130,9 @@ def order_content(order: Order, tensors: Mapping[str, Tensor]) -> RecordDict:
         "shares": ",".join(sorted(order.plan.shares)),
         "receives": ",".join(sorted(order.plan.receives)),
         "base": order.base,
+        "run_id": order.run_id,
     }
-    return RecordDict({**packed(tensors), ORDER: ConfigRecord(values)})
+    return RecordDict({**records, ORDER: ConfigRecord(values)})
 
 
 def read_order(content: RecordDict) -> Order:
@@ -132,9 +140,10 @@ def read_order(content: RecordDict) -> Order:
     values = content.config_records.get(ORDER)
     if values is None:
         raise WireError("message", "the message holds no order")
-    texts = {key: _text(values, key) for key in ("run", "client", "base")}
+    texts = {key: _text(values, key) for key in ("run", "client", "base", "run_id")}
     plan = Plan(*(_parts(_text(values, key)) for key in ("trains", "shares", "receives")))
-    return Order(texts["run"], _count(values, "round"), texts["client"], plan, texts["base"])
+    round = _count(values, "round")
+    return Order(texts["run"], round, texts["client"], plan, texts["base"], texts["run_id"])
 
 
 def reply_content(

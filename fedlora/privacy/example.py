@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.config import Config
+from fedlora.errors import PublicError
 from fedlora.privacy.accounting import Mechanism, noise_for
 from fedlora.privacy.ledger import Terms, intend, ledger_path, read_ledger
 from fedlora.settings import steps_per_round
@@ -49,7 +50,7 @@ def planned_round(config: Config, rows: int) -> Mechanism:
     """
     privacy, client = config.privacy, config.client
     if privacy.delta * rows >= 1:
-        raise ValueError(
+        raise PublicError(
             f"privacy.delta = {privacy.delta:g} lets one of {rows} examples through unprotected: "
             f"take less than 1 / rows, such as {0.1 / rows:.1g}"
         )

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fedlora.errors import PublicError
 from fedlora.files import locked, sync_folder, write_text
 from fedlora.privacy.accounting import Accountant, Mechanism, epsilon
 
@@ -146,9 +147,9 @@ def _opened(path: Path, terms: Terms) -> Ledger:
     for name, value in asdict(terms).items():
         before = getattr(ledger.terms, name)
         if before != value:
-            raise ValueError(
-                f"{path} was opened with {name} = {before!r}, this run has {value!r}: a budget "
-                "stands once it is opened; set it back, or start a new run"
+            raise PublicError(
+                f"{path.name} was opened with {name} = {before!r}, this run has {value!r}: a "
+                "budget stands once it is opened; set it back, or start a new run"
             )
     return ledger
 
@@ -162,10 +163,10 @@ def intend(path: Path, terms: Terms, round: int, mechanisms: Sequence[Mechanism]
         ledger = _opened(path, terms)
         after = ledger.after(mechanisms)
         if after > terms.epsilon:
-            raise ValueError(
+            raise PublicError(
                 f"{terms.owner}: the privacy budget is spent: round {round} would bring epsilon "
                 f"from {ledger.spent:.4g} to {after:.4g}, allowed are {terms.epsilon:g} "
-                f"({len(ledger.intents)} intents in {path}); nothing was drawn"
+                f"({len(ledger.intents)} intents in {path.name}); nothing was drawn"
             )
         made = [asdict(mechanism) for mechanism in mechanisms]
         return _append(ledger, {"kind": INTENT, "round": round, "mechanisms": made})
