@@ -122,8 +122,8 @@ def rules(
 
 def import_own_rule(name: str) -> None:
     """Runs the user's file where a rule is named as one: this is the user's own command line."""
-    from fedlora.config import FILE_RULE
     from fedlora.own_rules import import_rule
+    from fedlora.rules import is_file
 
-    if FILE_RULE in name:
+    if is_file(name):
         import_rule(name)

@@ -27,10 +27,11 @@ from fedlora.adapter import (
     stacked,
 )
 from fedlora.adapter_folder import AdapterFolder, write_parts
+from fedlora.answers import checked_weights
 from fedlora.files import new_folder
 from fedlora.lowrank import compress, rank_for_energy, singular_values
 from fedlora.merge_checks import check_rule, open_all, parsed_rank, parsed_weights
-from fedlora.rules import Rule, checked_weights
+from fedlora.rules import Rule
 
 SMALL = 256  # stacks up to this rank have their spectrum from QR (1e-15), larger from Grams (1e-8)
 BLOCK = 1024  # rows of an increment that are multiplied out at a time where its rank is full
@@ -174,7 +175,7 @@ def _merge_layer(
     else:
         rank = wanted or min(m, n, max(client.rank for client in clients))
     prev = Factors(mixed.A.new_zeros(rank, n), mixed.B.new_zeros(m, rank), scaling)
-    answer = rule(prev, clients, weights)
+    answer = rule.combine(prev, clients, weights, 1, name)
     factors = _nonzero(answer.factors if isinstance(answer, Merged) else answer)
     if wanted is not None and factors.rank > rank:
         raise ValueError(
@@ -185,7 +186,7 @@ def _merge_layer(
         factors = _nonzero(stacked(factors, answer.residual))
         if factors.rank > min(m, n, mixed.rank):  # more pairs than directions
             factors = _nonzero(compress(factors).factors)
-    written = _nonzero(converted(rescaled(factors, scaling), dtype, "cpu"))
+    written = _stored(rescaled(factors, scaling), dtype, name)
     precise = converted(written, torch.float64, "cpu")
     energy = float(values.square().sum())
     missed = energy - 2 * inner(mixed, precise) + inner(precise, precise)
@@ -193,6 +194,18 @@ def _merge_layer(
     return written, LayerOutcome(
         name, (m, n), ranks, written.rank, scaling, values, energy, max(0.0, missed)
     )
+
+
+def _stored(factors: Factors, dtype: torch.dtype, name: str) -> Factors:
+    """The factors as they are written; ValueError for numbers that the dtype cannot hold."""
+    stored = converted(factors, dtype, "cpu")
+    if not all(bool(torch.isfinite(part).all()) for part in (stored.A, stored.B)):
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"layer {name!r}: the merged numbers are beyond what {kind} holds: take --dtype "
+            f"{'bfloat16' if dtype == torch.float32 else 'float32'}"
+        )
+    return _nonzero(stored)
 
 
 def _spectrum(factors: Factors) -> Tensor:

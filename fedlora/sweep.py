@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fedlora.config import FILE_RULE, Config, Flat, make_config
+from fedlora.config import Config, Flat, make_config
 from fedlora.data import read_silos
 from fedlora.files import locked
 from fedlora.sweep_plan import Sweep, Trial
@@ -169,10 +169,11 @@ def _work(flat: Flat, out: str, threads: int) -> None:
 
     from fedlora.own_rules import import_rule
     from fedlora.resume import find
+    from fedlora.rules import is_file
     from fedlora.run import execute, prepare
 
     rule = str(flat["merge.rule"])
-    if FILE_RULE in rule:
+    if is_file(rule):
         import_rule(rule)
     config, resumed = make_config({**flat, "run.out": out}), None
     torch.set_num_threads(config.run.threads or threads)
