@@ -54,7 +54,7 @@ def check_answer(
 
     `merge` is the rule's function, whose file and line are named; `layer` may be empty.
     """
-    problem, remedy = _problem(answer, prev)
+    problem, remedy = answer_problem(answer, prev)
     if problem:
         where = f" for layer {layer!r}" if layer else ""
         raise ValueError(f"rule {rule!r} ({source(merge)}) returned {problem}{where}: {remedy}")
@@ -71,7 +71,7 @@ def source(function: Callable[..., Any]) -> str:
     return f"{Path(code.co_filename).name}, line {first + next(decorated, 0)}"
 
 
-def _problem(answer: object, prev: Factors) -> tuple[str, str]:
+def answer_problem(answer: object, prev: Factors) -> tuple[str, str]:
     """What is wrong with an answer, and the remedy; both empty where nothing is."""
     if isinstance(answer, Merged):
         for name, part in (("factors", answer.factors), ("residual", answer.residual)):
@@ -94,9 +94,14 @@ def _wrong_numbers(factors: Factors, prev: Factors) -> tuple[str, str]:
     if factors.shape != prev.shape:
         return f"an increment of {_size(factors)}", f"the layer is {_size(prev)}"
     for name, part in (("A", factors.A), ("B", factors.B)):
-        if not bool(torch.isfinite(part).all()):
+        if not _finite(part):
             return f"NaN or Inf in {name}", "look for a division by zero or a number too large"
     return "", ""
+
+
+def _finite(part: Tensor) -> bool:
+    """Whether all numbers are: one pass, for a sum is finite only then; or it overflowed."""
+    return math.isfinite(float(part.sum())) or bool(torch.isfinite(part).all())
 
 
 def _size(factors: Factors) -> str:

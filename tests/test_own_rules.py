@@ -13,9 +13,11 @@ from conftest import dense, random_adapter, random_factors
 
 from fedlora.adapter import ClientResult, Factors
 from fedlora.adapter_folder import write_folder
+from fedlora.answers import answer_problem
 from fedlora.cli import main
+from fedlora.cli_rules import rule_lines
 from fedlora.own_rules import import_rule
-from fedlora.rules import LAWS, get_rule, rule_names
+from fedlora.rules import LAWS, get_rule, rule_names, traffic, trained
 from fedlora.server import ServerState, aggregate
 
 pytest_plugins = ["tiny"]
@@ -204,6 +206,17 @@ def test_an_answer_in_another_scaling_is_the_same_increment_to_everybody(tmp_pat
         torch.testing.assert_close(dense(factors), dense(start.layers[name]))
 
 
+@pytest.mark.parametrize(("odd", "says"), [(1e308, ""), (torch.inf, "NaN or Inf in B")])
+def test_large_numbers_are_finite_and_infinite_ones_of_either_sign_are_not(
+    odd: float, says: str
+) -> None:
+    """Of which the sum is Inf or NaN in all cases."""
+    prev = random_factors(1)
+    B = prev.B.clone()
+    B[:3, 0] = B.new_tensor([odd, odd, -odd if says else odd])
+    assert answer_problem(Factors(prev.A, B, prev.scaling), prev)[0] == says
+
+
 # ---------------------------------------------------------------- what a rule is given
 
 
@@ -234,3 +247,21 @@ def test_numbers_beyond_the_wanted_dtype_are_refused_in_a_dry_run_too(
     assert "block." in err
     code, out, _ = command("merge", tmp_path / "big", "--dtype", "bfloat16", "--dry-run")
     assert (code, "energy kept: 99.9" in out) == (0, True)
+
+
+# ---------------------------------------------------------------- the list of rules
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_the_list_of_rules_fits_the_page_and_cuts_no_word_off(width: int) -> None:
+    lines = rule_lines(width)
+    assert max(map(len, lines)) <= width
+    assert len(lines) < 5 * len(rule_names()) + 10
+    text = " ".join(" ".join(lines).split())
+    for name in rule_names():
+        rule = get_rule(name)
+        up, down = traffic(rule)
+        assert f"{name} {rule.summary} trains {trained(rule)}" in text
+        assert f"; up {up}; down {down}" in text
+        assert name in {line.partition(" ")[0] for line in lines}
+    assert "…" not in text
