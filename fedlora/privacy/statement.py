@@ -10,9 +10,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedlora.config import Config
+from fedlora.files import write_text
 from fedlora.privacy.ledger import LEDGERS, SUFFIX, Ledger, read_ledger
 from fedlora.rundir import Run, read_run
 
+STATEMENT = "privacy.txt"  # in the run directory
 NEIGHBOURS = {
     "example": (
         "a client's training rows, what it holds out split off before, with one row more or less. "
@@ -110,6 +113,36 @@ def statement(path: Path) -> list[str]:
             "noised count that is charged by itself; noise follows the clip in force."
         )
     return lines
+
+
+def write_statement(folder: Path) -> None:
+    """Writes the statement of a run that has privacy into its directory; or why there is none."""
+    try:
+        lines = statement(folder)
+    except ValueError as error:  # an edited ledger: what else the run has is still to be saved
+        lines = [f"No statement can be made: {error}"]
+    write_text(folder / STATEMENT, "\n".join(lines) + "\n")
+
+
+def card_section(config: Config) -> str:
+    """What an adapter's card says of its privacy; empty where there is none.
+
+    Epsilon is the budget, which no ledger goes beyond.
+    """
+    privacy = config.privacy
+    if privacy.unit == "none":
+        return ""
+    whose = "each training row of a client" if privacy.unit == "example" else "each client"
+    open_ends = [*OPEN[privacy.unit], *([SHARED] if _shares(config) else [])]
+    return (
+        f"\n## Privacy\n\nProtected: {whose}, epsilon at most {privacy.epsilon:g} at delta "
+        f"{privacy.delta:g} over all rounds. Not covered: {'; '.join(open_ends)}. The whole "
+        f"statement is in the run directory's `{STATEMENT}`.\n"
+    )
+
+
+def _shares(config: Config) -> bool:
+    return config.privacy.unit == "example" and config.privacy.share_metrics
 
 
 def _table(ledgers: Sequence[Ledger]) -> list[str]:
