@@ -121,6 +121,7 @@ def open_folder(folder: Path | str) -> AdapterFolder:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no adapter folder {folder}")
+    _check_not_a_run(folder)
     settings = read_settings(folder)
     path = folder / TENSOR_FILE
     if not path.is_file():
@@ -150,6 +151,17 @@ def open_folder(folder: Path | str) -> AdapterFolder:
         for layer in sorted(halves)
     }
     return AdapterFolder(folder, settings, layers, dict(sorted(dense.items())))
+
+
+def _check_not_a_run(folder: Path) -> None:
+    """ValueError for a run directory, with the adapters that are in it."""
+    if (folder / CONFIG_FILE).is_file():
+        return
+    inside = [folder / "adapter", *sorted((folder / "adapter").glob("*/"))]
+    if found := [str(place) for place in inside if (place / TENSOR_FILE).is_file()]:
+        raise ValueError(
+            f"{folder} is a run directory and no adapter: did you mean {' or '.join(found[:3])}?"
+        )
 
 
 def write_folder(

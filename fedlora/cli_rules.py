@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from textwrap import wrap
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+
+MARKED = ("exact", "linear", "mixed_ranks")  # the laws that the list of rules names
+INDENT, WIDEST = 13, 100  # columns
+LEGEND = (
+    "exact: with its residual the weighted mean of the increments; linear: every factor is a "
+    "weighted sum of the clients'; mixed ranks: clients may have different ranks. up, down: "
+    "numbers sent per layer (m x n), client and round; f is the rank of what was folded. `fedlora "
+    "rules NAME` tells the whole story of one, `fedlora rules ./FILE.py` which rules a file has."
+)
 
 
 def merge(
@@ -75,16 +84,7 @@ def rules(
     ] = "",
 ) -> None:
     """List the merge rules and what each promises."""
-    from fedlora.rules import (
-        LAWS,
-        defaults,
-        described,
-        get_rule,
-        option_types,
-        rule_names,
-        traffic,
-        trained,
-    )
+    from fedlora.rules import LAWS, defaults, described, get_rule, option_types, traffic, trained
 
     console = Console()
     if name:
@@ -106,24 +106,31 @@ def rules(
             text = f"option {option}: {kind}; now {value!r}"
             console.print(text, highlight=False, markup=False, soft_wrap=True)
         return
-    marked = ("exact", "linear", "mixed_ranks")
-    heads = ["rule", "trains", *(law.replace("_", " ") for law in marked), "up", "down"]
-    table = Table(*heads, "what it does", box=None, pad_edge=False)
+    for line in rule_lines(min(console.width, WIDEST)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def rule_lines(width: int) -> list[str]:
+    """Every rule in two or three lines of at most `width` columns, and what the words mean."""
+    from fedlora.rules import get_rule, rule_names, traffic, trained
+
+    lines: list[str] = []
     for name in rule_names():
         found = get_rule(name)
-        marks = ["yes" if found.laws[law] is True else "-" for law in marked]
-        table.add_row(name, trained(found), *marks, *traffic(found), found.summary)
-    console.print(table)
-    console.print(
-        "up, down: numbers sent per layer (m x n), client and round; f is the rank of what was "
-        "folded\n`fedlora rules NAME` tells the whole story of one"
-    )
+        up, down = traffic(found)
+        kept = [law.replace("_", " ") for law in MARKED if found.laws[law] is True]
+        facts = [f"trains {trained(found)}", *kept, f"up {up}", f"down {down}"]
+        lines += wrap(f"{name:{INDENT}}{found.summary}", width, subsequent_indent=" " * INDENT)
+        indent = " " * INDENT
+        lines += wrap("; ".join(facts), width, initial_indent=indent, subsequent_indent=indent)
+    lines += ["", *wrap(LEGEND, width)]
+    return lines
 
 
 def import_own_rule(name: str) -> None:
     """Runs the user's file where a rule is named as one: this is the user's own command line."""
-    from fedlora.config import FILE_RULE
     from fedlora.own_rules import import_rule
+    from fedlora.rules import is_file
 
-    if FILE_RULE in name:
+    if is_file(name):
         import_rule(name)

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from fedlora.hints import near
 from fedlora.policy import residual_policy
-from fedlora.rules import Option, get_rule
+from fedlora.rules import Option, get_rule, is_file
 from fedlora.settings import (
     ClientSettings,
     DataSettings,
@@ -99,7 +99,7 @@ def load_config(
     settings = anchored(flat, source.parent)
     settings |= anchored(parse_overrides(overrides), Path.cwd())
     rule = settings.get("merge.rule")
-    if own_rule is not None and isinstance(rule, str) and FILE_RULE in rule:
+    if own_rule is not None and isinstance(rule, str) and is_file(rule):
         own_rule(rule)
     return make_config(settings, merges=merges)
 
@@ -328,9 +328,9 @@ def anchored(flat: dict[str, Any], folder: Path) -> dict[str, Any]:
     if "data.clients" in flat:
         files = _coerced("data.clients", flat["data.clients"], dict[str, str])
         anchored["data.clients"] = {client: anchor(file) for client, file in files.items()}
-    path, colon, rule = str(flat.get("merge.rule", "")).rpartition(":")
-    if path.endswith(".py"):
-        anchored["merge.rule"] = f"{(folder / path).resolve()}{colon}{rule}"
+    path, ending, rule = str(flat.get("merge.rule", "")).rpartition(".py")
+    if ending and rule[:1] in ("", ":"):
+        anchored["merge.rule"] = f"{(folder / f'{path}.py').resolve()}{rule}"
     name = flat.get("model.name")
     if isinstance(name, str) and (folder / name).is_dir():
         anchored["model.name"] = str((folder / name).resolve())

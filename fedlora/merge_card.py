@@ -23,7 +23,7 @@ def natural(name: str) -> list[int | str]:
 
 def summary(outcome: Outcome) -> list[str]:
     """The merge in a few lines: inputs, output, energy kept, worst layers, suggested rank."""
-    lines = _inputs(outcome)
+    lines, wanted = _inputs(outcome), f"{100 * SHARE:g} %"
     ranks = [layer.rank for layer in outcome.layers]
     lines.append(
         f"merged by {outcome.rule.name}: {len(ranks)} layers of rank {counted(ranks)}, "
@@ -33,10 +33,10 @@ def summary(outcome: Outcome) -> list[str]:
     for layer in outcome.worst(WORST):
         if percent(layer.kept) != percent(1.0):
             lines.append(
-                f"  {percent(layer.kept)}  {layer.name}: rank {layer.rank}, "
-                f"the best {layer.rank_for(SHARE)} hold {SHARE:.0%}"
+                f"  {percent(layer.kept)}  {layer.name}: rank {layer.rank}; {wanted} would take "
+                f"rank {layer.rank_for(SHARE)}"
             )
-    lines.append(f"rank that holds {SHARE:.0%} over all layers: {outcome.rank_for(SHARE)}")
+    lines.append(f"rank that holds {wanted} over all layers: {outcome.rank_for(SHARE)}")
     return lines
 
 

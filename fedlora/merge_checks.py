@@ -11,8 +11,9 @@ from pathlib import Path
 from torch import Tensor
 
 from fedlora.adapter_folder import AdapterFolder, open_folder
+from fedlora.answers import checked_weights
 from fedlora.hints import near
-from fedlora.rules import Rule, checked_weights, get_rule, rule_names
+from fedlora.rules import Rule, get_rule, rule_names
 
 AUTO = "auto:"
 

@@ -47,6 +47,7 @@ def merged(
         raise ValueError(
             f"unknown dtype {dtype!r}{near(dtype, DTYPES)}; known: {', '.join(DTYPES)}"
         )
+    _check_distinct(adapters)
     chosen = get_rule(rule, **dict(_option(text) for text in options))
     if report and not dry_run:
         _check_can_draw()
@@ -74,6 +75,19 @@ def merged(
             finish=finish,
             watch=watch,
         )
+
+
+def _check_distinct(adapters: Sequence[Path]) -> None:
+    """ValueError where one folder is given twice, under whatever names."""
+    seen: dict[Path, Path] = {}
+    for folder in adapters:
+        first = seen.setdefault(folder.resolve(), folder)
+        if first is not folder:
+            same = "" if first == folder else f" (as {first} before)"
+            raise ValueError(
+                f"adapter {folder} is given twice{same}: name each folder once, and say with "
+                "--weights how much it counts"
+            )
 
 
 def _option(text: str) -> tuple[str, Option]:

@@ -28,10 +28,11 @@ from fedlora.adapter import (
     stacked,
 )
 from fedlora.adapter_folder import AdapterFolder, write_parts
+from fedlora.answers import checked_weights
 from fedlora.files import new_folder
 from fedlora.lowrank import compress, rank_for_energy, singular_values
 from fedlora.merge_checks import check_rule, open_all, parsed_rank, parsed_weights
-from fedlora.rules import Rule, checked_weights
+from fedlora.rules import Rule
 from fedlora.tensorfile import finite
 
 SMALL = 256  # stacks up to this rank have their spectrum from QR (1e-15), larger from Grams (1e-8)
@@ -179,7 +180,7 @@ def _merge_layer(
         rank = wanted or min(m, n, max(client.rank for client in clients))
     prev = Factors(mixed.A.new_zeros(rank, n), mixed.B.new_zeros(m, rank), scaling)
     most = min(m, n, mixed.rank) if wanted is None else rank  # no more pairs than directions
-    factors = _whole(rule, rule(prev, clients, weights), most)
+    factors = _whole(rule, rule.combine(prev, clients, weights, 1, name), most)
     if wanted is not None and factors.rank > rank:
         raise ValueError(
             f"rule {rule.name!r} gives layer {name!r} rank {factors.rank}, not {rank}: it does not "

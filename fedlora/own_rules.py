@@ -9,18 +9,25 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
+import traceback
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
+from fedlora.answers import source
 from fedlora.hints import near
-from fedlora.rules import add_file, rule_names
+from fedlora.rules import add_file, guard, rule_names
 
 
 def import_rule(reference: str) -> None:
     """Runs the file of `path.py:name`, once, so that `get_rule(reference)` finds the rule.
 
-    ValueError where there is no such file, it cannot be run, or it registers no rule of that name.
+    ValueError where there is no such file, it cannot be run, or it registers no rule of that name,
+    and for `path.py` alone, with the rules that it registers. Whatever the rule's own functions
+    raise later becomes a ValueError with the line in the file.
     """
-    place, _, name = reference.rpartition(":")
+    place, _, name = (reference + ":" * reference.endswith(".py")).rpartition(":")
     path = Path(place).resolve()
     if not path.is_file():
         raise ValueError(f"rule {reference!r}: there is no file {path}")
@@ -37,11 +44,18 @@ def import_rule(reference: str) -> None:
             spec.loader.exec_module(module)
         except Exception as error:  # whatever a user's file may raise is a mistake of that file
             del sys.modules[module_name]
-            raise ValueError(f"rule {reference!r}: {path} failed: {error}") from error
-        module.fedlora_rules = sorted(set(rule_names()) - before)  # type: ignore[attr-defined]
+            raise ValueError(f"rule {reference!r}: {path} failed: {_told(error, path)}") from error
+        found = sorted(set(rule_names()) - before)
+        guard(found, _guarded)
+        module.fedlora_rules = found  # type: ignore[attr-defined]
     names: list[str] = module.fedlora_rules
+    known = ", ".join(names) or "none at all"
+    if not name and names:
+        raise ValueError(
+            f"rule {reference!r} names a file and no rule in it; it registers {known}: write "
+            f"{reference}:{names[0]}"
+        )
     if name not in names:
-        known = ", ".join(names) or "none at all"
         raise ValueError(
             f"rule {reference!r}: {path} registers no rule {name!r}{near(name, names)}; it "
             f"registers {known}: put @rule(...) on a function of that name"
@@ -59,3 +73,28 @@ def rule_digest(rule: str) -> str:
     """A SHA-256 of the bytes of the rule's file; empty for a rule of the registry, or no file."""
     path = rule_file(rule)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else ""
+
+
+def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with every error of it told in one line, as the server tells a refusal."""
+
+    @wraps(function)
+    def guarded(*arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except Exception as error:  # as above
+            path = Path(function.__code__.co_filename)
+            raise ValueError(_told(error, path, source(function))) from error
+
+    return guarded
+
+
+def _told(error: Exception, path: Path, place: str = "") -> str:
+    """What a file of the user's raised, with the last line of it that was on the way."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    plain = type(error) is ValueError or isinstance(error, SyntaxError)  # say enough by themselves
+    text = str(error) if plain else f"{type(error).__name__}: {error}"
+    if lines:
+        return f"{text} ({path.name}, line {lines[-1]})"
+    return f"{text} ({place})" if place else text

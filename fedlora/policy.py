@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Adapter, ClientResult, Factors, cut, frobenius, precise
+from fedlora.answers import checked_weights
 from fedlora.robust import Robust, robust_coefficients, update_gram
-from fedlora.rules import Residual, Rule, checked_weights, option_types
+from fedlora.rules import Residual, Rule, option_types
 
 Head: TypeAlias = Literal["average", "freeze", "local"]
 Weighting: TypeAlias = Literal["examples", "uniform"]

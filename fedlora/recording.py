@@ -28,6 +28,7 @@ from fedlora.model import Model, base_count, save_adapter, save_merged, write_ad
 from fedlora.modes import GLOBAL, Step, for_mode, loop_adapters
 from fedlora.privacy.ledger import LEDGERS, close_all, heads
 from fedlora.privacy.plan import hides_evaluation
+from fedlora.privacy.statement import card_section, write_statement
 from fedlora.records import Record, Scored, round_record, summary_record
 from fedlora.resume import CHECKPOINTS, Resumed
 from fedlora.robust import warning
@@ -237,7 +238,7 @@ def _save(job: Job, done: _Done, sizes: Mapping[str, Any], stopped: str) -> None
         summary["best"] = {"round": done.best[1], "heldout_accuracy": done.best[0]}
     if done.common is not None:
         wanted[COMMON] = {GLOBAL: done.common}
-    card = model_card(config, summary, portable_name(config.model.name))
+    card = model_card(config, summary, portable_name(config.model.name)) + card_section(config)
     for kind, adapters in wanted.items():
         shutil.rmtree(folder / kind, ignore_errors=True)  # of an interrupted run that was resumed
         for client, adapter in adapters.items():
@@ -247,4 +248,6 @@ def _save(job: Job, done: _Done, sizes: Mapping[str, Any], stopped: str) -> None
     if config.run.save_merged and GLOBAL in done.adapters:
         shutil.rmtree(folder / "merged", ignore_errors=True)
         save_merged(job.model, done.adapters[GLOBAL], folder / "merged")
+    if config.privacy.unit != "none":
+        write_statement(folder)
     write_json(folder / "summary.json", summary)  # last: it says that all is there

@@ -19,6 +19,7 @@ from fedlora.model import configured_model, read_adapter
 from fedlora.modes import for_mode, merge_policy, steps
 from fedlora.privacy.ledger import LEDGERS
 from fedlora.privacy.plan import announce, merge_for
+from fedlora.privacy.reserve import check_payable
 from fedlora.recording import Job, Watch, recording, run_folder
 from fedlora.resume import Resumed
 from fedlora.rules import Plan, get_rule
@@ -70,8 +71,10 @@ def execute(job: Job, watch: Watch = lambda event, facts: None) -> Path:
         expected = replies * byte_count(flatten(job.start))
         shelve = shelf(job.folder, expected, config.run.replies_mb * 10**6)
         merge = merge_for(config, len(clients), job.folder / LEDGERS)
-        for step in steps(config, fit, job.start, clients, loops, shelve, merge):
-            note(step)
+        made = steps(config, fit, job.start, clients, loops, shelve, merge)
+        for round in range(checkpoint.round + 1 if checkpoint else 1, config.run.rounds + 1):
+            check_payable(config, clients, job.folder, round)
+            note(next(made))
     return job.folder
 
 

@@ -236,14 +236,11 @@ def _merged_layer(
         weights = torch.cat([weights, weights.new_ones(1)])
     lazy = _Terms(parts, name, prev.scaling, carried)
     factors: Sequence[Factors] = lazy if lazy.size > HELD else list(lazy)
-    try:
-        answer = merging.rule.combine(prev, factors, weights, merging.round)
-    except ValueError as error:
-        raise ValueError(f"rule {merging.rule.name!r}, layer {name!r}: {error}") from error
+    answer = merging.rule.combine(prev, factors, weights, merging.round, name)
     merged, residual = (
         (answer.factors, answer.residual) if isinstance(answer, Merged) else (answer, None)
     )
-    result = converted(merged, torch.float32, "cpu")
+    result = converted(rescaled(merged, prev.scaling), torch.float32, "cpu")
     lost = [(-1.0, precise(result))]
     norms = dict.fromkeys(NORMS[merging.fate], 0.0)
     if merging.fate == "fold" and residual is not None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fedlora.config import FILE_RULE, Config, Flat, make_config
+from fedlora.config import Config, Flat, make_config
 from fedlora.data import read_silos
 from fedlora.files import locked
 from fedlora.sweep_plan import Sweep, Trial
@@ -174,10 +174,11 @@ def _work(flat: Flat, out: str, threads: int, code: str) -> None:
 
     from fedlora.own_rules import import_rule, rule_digest
     from fedlora.resume import find
+    from fedlora.rules import is_file
     from fedlora.run import execute, prepare
 
     rule = str(flat["merge.rule"])
-    if FILE_RULE in rule:
+    if is_file(rule):
         import_rule(rule)
     if rule_digest(rule) != code:
         raise ChildProcessError(f"the file of rule {rule!r} was changed meanwhile: start again")

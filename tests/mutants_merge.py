@@ -66,6 +66,10 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "core = L @ _gram(A) @ L.mT", "wrong spectra in large stacks", "merge"),
     ("dry-run-writes", "merge_command.py", "None if dry_run else out,", "out,",
      "--dry-run leaves a folder", "merge_cli"),
+    ("one-folder-twice", "merge_command.py", "_check_distinct(adapters)\n", "pass\n",
+     "m/a and m/a/ count as two adapters", "merge_cli"),
+    ("run-directories-unknown", "adapter_folder.py", "_check_not_a_run(folder)\n", "pass\n",
+     "a run directory is said to hold no adapter", "merge_cli"),
     ("paths-in-the-card", "merge_card.py", "_cell(adapter.folder.resolve().name)",
      "_cell(str(adapter.folder.resolve()))", "local paths leave with the adapter", "merge_cli"),
 ]]

@@ -31,8 +31,9 @@ from torch import Tensor
 
 import fedlora.rules as registry
 from fedlora.adapter import Adapter, ClientResult, Factors, Merged, mean_factors, mix
+from fedlora.answers import checked_weights
 from fedlora.lowrank import split
-from fedlora.rules import LAWS, Rule, checked_weights, get_rule, rule_names
+from fedlora.rules import LAWS, Rule, get_rule, rule_names
 from fedlora.server import ServerState, aggregate
 
 SCALES = (1e-18, 1e-9, 1e15)

@@ -20,8 +20,8 @@ HEAVY = (
 
 # Each may import the ones before it; rules may not import each other.
 ORDER = (
-    "hints", "seeding", "partition", "adapter", "routes", "budget", "krylov", "lowrank", "rules",
-    "robust", "policy", "settings", "config", "server", "rounds", "simulation",
+    "hints", "seeding", "partition", "adapter", "routes", "budget", "krylov", "lowrank", "answers",
+    "rules", "robust", "policy", "settings", "config", "server", "rounds", "simulation",
 )  # fmt: skip
 LIBRARIES = {
     "hints": set(),

@@ -65,8 +65,8 @@ def test_the_command_of_the_readme_merges_and_says_what_it_did(three: Path, merg
     ]
     assert lines[3] == "merged by fra: 2 layers of rank 2, float32"
     assert lines[4].startswith("energy kept: 9")
-    assert "block.query: rank 2, the best" in out
-    assert lines[-2].startswith("rank that holds 99% over all layers: ")
+    assert "block.query: rank 2; 99 % would take rank " in out
+    assert lines[-2].startswith("rank that holds 99 % over all layers: ")
     assert lines[-1] == "written to out"
     written = sorted(file.name for file in Path("out").iterdir())
     assert written == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
@@ -144,6 +144,27 @@ def test_a_place_to_write_is_asked_for(three: Path, merge: Merge) -> None:
     code, _, err = merge("a", "b")
     assert code == 2
     assert "--out is missing: name the new folder to write, or say --dry-run" in err
+
+
+@pytest.mark.parametrize("again", ["a", "a/", "./a", "link"])
+def test_the_same_folder_twice_is_refused(three: Path, merge: Merge, again: str) -> None:
+    (three / "link").symlink_to("a")
+    code, out, err = merge("a", "b", again, "-o", "out")
+    assert (code, out) == (2, "")
+    assert f"adapter {Path(again)} is given twice" in err
+    assert "say with --weights how much it counts" in err
+    assert not Path("out").exists()
+
+
+def test_a_run_directory_is_answered_with_the_adapters_in_it(three: Path, merge: Merge) -> None:
+    for place in ("run/adapter", "own/adapter/north", "own/adapter/south"):
+        (three / place).parent.mkdir(parents=True, exist_ok=True)
+        write_folder(three / place, random_adapter(1), PLAIN)
+    code, _, err = merge("a", "run", "-o", "out")
+    assert code == 2
+    assert "run is a run directory and no adapter: did you mean run/adapter?" in err
+    _, _, err = merge("a", "own", "-o", "out")
+    assert "did you mean own/adapter/north or own/adapter/south?" in err
 
 
 def test_bases_of_other_names_need_a_word(three: Path, merge: Merge) -> None:
@@ -250,7 +271,7 @@ def test_layers_that_lost_nothing_are_not_listed(three: Path) -> None:
     lines = summary(merge_folders(["a"], get_rule("fra")))
     assert lines[2:] == [
         "energy kept: 100 % of the averaged increment",
-        "rank that holds 99% over all layers: 2",
+        "rank that holds 99 % over all layers: 2",
     ]
 
 

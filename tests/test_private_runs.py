@@ -33,6 +33,7 @@ from fedlora.privacy.statement import statement
 from fedlora.resume import find
 from fedlora.rules import Plan
 from fedlora.run import execute, prepare
+from fedlora.status import status_lines
 
 pytest.importorskip("opacus")
 pytest.importorskip("dp_accounting")
@@ -135,17 +136,70 @@ def test_a_round_that_is_made_again_is_charged_again(place: Place) -> None:
         assert ledger.spent == want <= 8
 
 
-def test_a_run_that_was_resumed_never_goes_beyond_its_budget(place: Place) -> None:
+def test_a_round_that_too_few_can_pay_for_is_charged_to_nobody(place: Place) -> None:
     """Without a spare round the two clients that trained twice have nothing left."""
     with pytest.raises(KeyboardInterrupt):
         started(place, killed_in_round(2), **PRIVATE)
     folder = place.folder / "run"
-    with pytest.raises(ValueError, match="the privacy budget is spent: round 2"):
+    before = charged(folder)
+    with pytest.raises(
+        ValueError,
+        match=r"round 2 is not begun and nothing is charged: 0, 1 cannot pay .*3 of 3 are needed"
+        r" \(2 rounds .*privacy.rounds = 3 would .*the result of round 1 is in .*run/adapter",
+    ):
         resumed(folder, place.config("run", **PRIVATE))
+    assert charged(folder) == before
+    assert [len(before[name]) for name in ("0", "1", "2")] == [2, 2, 1]
     for name in ("0", "1", "2"):
         assert read_ledger(folder / LEDGERS / f"{name}.ledger").spent <= 8
     assert summary(folder)["interrupted"]
     assert summary(folder)["rounds"] == 1
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_status_offers_no_resume_that_cannot_succeed(place: Place) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        started(place, killed_in_round(2), **PRIVATE)
+    folder = place.folder / "run"
+    first, *_ = status_lines(folder)
+    assert "--resume" not in first
+    assert "it cannot go on: round 2 is not begun" in first
+    assert f"what there is is in {folder / 'adapter'}" in first
+    (folder / "adapter").rename(folder / "gone")  # as after a kill, which saves nothing
+    (line, *_) = status_lines(folder)
+    assert line.endswith(f"--resume {folder} would only save the result of round 1")
+
+
+def test_those_who_can_pay_go_on_where_they_are_enough(place: Place) -> None:
+    few = {**PRIVATE, "run__min_clients": 1}
+    with pytest.raises(KeyboardInterrupt):
+        started(place, killed_in_round(2), **few)
+    folder = place.folder / "run"
+    assert status_lines(folder)[0].endswith(f"fedlora run --resume {folder}")
+    log = records(resumed(folder, place.config("run", **few)))
+    assert [one["client"] for one in log[-1]["failures"]] == ["0", "1"]
+    assert list(log[-1]["clients"]) == ["2"]
+
+
+def test_a_trusted_server_that_cannot_pay_lets_nobody_train(place: Place) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        started(place, stopped_at("evaluate", 2), **TRUSTED)
+    folder = place.folder / "run"
+    assert len(charged(folder)["server"]) == 2
+    assert "it cannot go on" in status_lines(folder)[0]
+    heard: list[str] = []
+    config, found = find(folder, place.config("run", **TRUSTED))
+    with pytest.raises(ValueError, match="nothing is charged: server cannot pay"):
+        execute(prepare(config, found), lambda event, facts: heard.append(event))
+    assert "fit" not in heard
+
+
+def stopped_at(event: str, round: int) -> Callable[[str, Any], None]:
+    def watch(heard: str, facts: Any) -> None:
+        if heard == event and facts["round"] == round:
+            raise KeyboardInterrupt
+
+    return watch
 
 
 POINTS = ["fsync:8", "fsyncd:8", "fsync:9", "fsyncd:9", "fit:2", "fitted:2", "fitted:5", "half:1",
@@ -297,6 +351,41 @@ def test_a_run_says_what_it_will_cost_before_it_trains(place: Place) -> None:
     (line,) = [note for note in notes if note.startswith("privacy")]
     assert "every example of a client, epsilon 8 at delta 0.001 over 2 rounds" in line
     assert "noise 0." in line or "noise 1" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (PRIVATE, "privacy.rounds = 3 would let one round be made again, for up to 22 % more"),
+        ({**PRIVATE, "privacy__rounds": 2}, "nothing is in reserve"),
+        ({**PRIVATE, "privacy__rounds": 3}, ""),
+        (TRUSTED, "nothing is in reserve: a crash after a round was charged ends the run"),
+        ({**TRUSTED, "privacy__rounds": 3}, ""),
+    ],
+)
+def test_a_run_without_a_reserve_says_what_one_costs(
+    place: Place, settings: dict[str, Any], says: str
+) -> None:
+    line = place.job("run", **settings).privacy[0]
+    assert says in line
+    assert ("reserve" in line) == bool(says)
+
+
+@pytest.mark.parametrize(
+    ("settings", "drowns"),
+    [
+        ({}, True),
+        ({"privacy__epsilon": 40.0, "client__batch": 12, "merge__rule": "ffa"}, False),
+    ],
+)
+def test_noise_far_longer_than_the_gradient_is_called_by_its_name(
+    place: Place, settings: dict[str, Any], drowns: bool
+) -> None:
+    """Three clients: their mean takes sqrt 3 off what a step's noise is."""
+    (line,) = place.job("run", **PRIVATE, **settings, privacy__accountant="rdp").privacy
+    long = float(line.partition("noise is ")[2].split()[0])
+    assert (long > math.sqrt(3)) == drowns
+    assert ("little can be learned; take more rows, larger batches" in line) == drowns
 
 
 @pytest.mark.parametrize("rule", ["fra", "ffa"])
@@ -620,6 +709,32 @@ def test_the_statement_says_what_neighbours_are(place: Place) -> None:
     ):
         folder = execute(prepare(place.config(name, **PRIVATE, **own)))
         assert ("simulated split" in told(folder)) is simulated, name
+
+
+@pytest.mark.parametrize(
+    ("settings", "whose", "open_end"),
+    [
+        (PRIVATE, "each training row of a client", "the numbers of examples"),
+        ({**PRIVATE, "privacy__share_metrics": True}, "each training row", "let out as they are"),
+        (TRUSTED, "each client", "it sees every update as it is"),
+    ],
+)
+def test_the_adapters_card_and_the_run_directory_say_what_is_protected(
+    place: Place, settings: dict[str, Any], whose: str, open_end: str
+) -> None:
+    folder = started(place, **settings)
+    card = (folder / "adapter" / "README.md").read_text()
+    delta = settings.get("privacy__delta", 1e-5)
+    assert f"Protected: {whose}" in card
+    assert f"epsilon at most 8 at delta {delta:g} over all rounds. Not covered: " in card
+    assert open_end in card
+    assert (folder / "privacy.txt").read_text() == told(folder) + "\n"
+
+
+def test_the_card_of_a_run_without_privacy_claims_none(place: Place) -> None:
+    folder = started(place)
+    assert "rivacy" not in (folder / "adapter" / "README.md").read_text()
+    assert not (folder / "privacy.txt").exists()
 
 
 def test_a_run_without_privacy_has_no_statement(place: Place) -> None:

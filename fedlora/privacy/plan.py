@@ -165,16 +165,18 @@ def _announce_example(config: Config, rows: Mapping[str, int], start: Adapter, b
             "rounds, its budget would end before the run"
         )
     line = f"privacy: every example of a client, {budget}; "
-    planned = {rows: planned_round(config, rows) for rows in sorted(set(rows.values()) - {0})}
+    sizes = sorted(set(rows.values()) - {0})
+    planned = {count: planned_round(config, count) for count in sizes}
     if planned:
         noises = _span([one.noise for one in planned.values()], "{:.3g}")
         rates = _span([100 * one.sampling for one in planned.values()], "{:.3g}")
         numbers = trained_numbers(config, start)
-        long = _span([step_noise(one, rows, numbers) for rows, one in planned.items()], "{:.2g}")
+        longs = [step_noise(one, count, numbers) for count, one in planned.items()]
+        long = _span(longs, "{:.2g}")
         line += (
             f"noise {noises} times the clip {privacy.clip:g}, on Poisson batches of {rates} % of "
             f"its rows; on {numbers:,} trained numbers a step's noise is {long} times as long as "
-            "its gradient can be"
+            "its gradient can be" + _verdict(config, min(longs), len(rows))
         )
     else:
         line += "noise is set by each node"
@@ -183,13 +185,37 @@ def _announce_example(config: Config, rows: Mapping[str, int], start: Adapter, b
             f"; no client takes part in more than {most} of them: privacy.rounds = {most} would "
             "take less noise"
         )
-    return line
+    return line + (_reserve_note(most) if (privacy.rounds or config.run.rounds) <= most else "")
+
+
+def _verdict(config: Config, long: float, clients: int) -> str:
+    """What noise `long` times a gradient's longest means, once a round's clients are averaged."""
+    together = round_size(clients, config.merge.participation)
+    if config.run.mode != "federated":
+        together = 1
+    if long <= math.sqrt(together):
+        return ""
+    return (
+        ": little can be learned; take more rows, larger batches or fewer trained numbers "
+        "(docs/privacy.md)"
+    )
+
+
+def _reserve_note(rounds: int) -> str:
+    """What a crash does to a run without a reserve, and what one costs, for `rounds` planned."""
+    more = math.sqrt((rounds + 1) / rounds) - 1
+    return (
+        "; nothing is in reserve: a crash after a round was charged ends the run, privacy.rounds "
+        f"= {rounds + 1} would let one round be made again, for up to {100 * more:.2g} % more noise"
+    )
 
 
 def _announce_clients(config: Config, clients: int, start: Adapter, budget: str) -> list[str]:
     designs = forecast(config, clients, start)
     made, chosen = noising(config, clients), list(designs[config.privacy.design].values())
-    lines = [f"privacy: every client as a whole, {budget}; noise {made.noise:.3g} a round"]
+    rounds = config.privacy.rounds or config.run.rounds
+    note = _reserve_note(rounds) if rounds <= config.run.rounds else ""
+    lines = [f"privacy: every client as a whole, {budget}; noise {made.noise:.3g} a round{note}"]
     for design, layers in designs.items():
         groups = Counter(one.shape for one in layers.values())
         first = {one.shape: one for one in layers.values()}

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedlora.config import Config
+from fedlora.files import write_text
 from fedlora.privacy.ledger import (
     LEDGERS,
     SUFFIX,
@@ -21,6 +23,7 @@ from fedlora.privacy.ledger import (
 )
 from fedlora.rundir import Run, read_run
 
+STATEMENT = "privacy.txt"  # in the run directory
 NEIGHBOURS = {
     "example": (
         "a client's rows with one row more or less, the number of rows itself taken as public; "
@@ -158,6 +161,36 @@ def _is_dealt(config: Mapping[str, Any]) -> bool:
     if tables["data"].get("clients") or tables["flower"].get("clients"):
         return False
     return tables["partition"].get("by") != "column" or bool(tables["data"].get("limit"))
+
+
+def write_statement(folder: Path) -> None:
+    """Writes the statement of a run that has privacy into its directory; or why there is none."""
+    try:
+        lines = statement(folder)
+    except ValueError as error:  # an edited ledger: what else the run has is still to be saved
+        lines = [f"No statement can be made: {error}"]
+    write_text(folder / STATEMENT, "\n".join(lines) + "\n")
+
+
+def card_section(config: Config) -> str:
+    """What an adapter's card says of its privacy; empty where there is none.
+
+    Epsilon is the budget, which no ledger goes beyond.
+    """
+    privacy = config.privacy
+    if privacy.unit == "none":
+        return ""
+    whose = "each training row of a client" if privacy.unit == "example" else "each client"
+    open_ends = [*OPEN[privacy.unit], *([SHARED] if _shares(config) else [])]
+    return (
+        f"\n## Privacy\n\nProtected: {whose}, epsilon at most {privacy.epsilon:g} at delta "
+        f"{privacy.delta:g} over all rounds. Not covered: {'; '.join(open_ends)}. The whole "
+        f"statement is in the run directory's `{STATEMENT}`.\n"
+    )
+
+
+def _shares(config: Config) -> bool:
+    return config.privacy.unit == "example" and config.privacy.share_metrics
 
 
 def _table(ledgers: Sequence[Ledger]) -> list[str]:

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-import torch
 from torch import Tensor
 
 from fedlora.adapter import Adapter, ClientResult, Factors, Merged, Part
+from fedlora.answers import check_answer, check_given, checked_weights
 from fedlora.hints import near
 
 Claim: TypeAlias = Literal[True] | str  # a law that holds, or the sentence why it does not
@@ -78,17 +78,34 @@ class Rule:
         """Merges what the clients sent for one layer; one weight per client, their sum one.
 
         `round` (from 1) matters to the rules whose merge changes with it, and to no other.
+        ValueError for weights or shapes that do not fit, and as in `combine`.
         """
-        return self.combine(prev, clients, checked_weights(weights, len(clients)), round)
+        shares = checked_weights(weights, len(clients))
+        check_given(prev, clients)
+        return self.combine(prev, clients, shares, round)
 
     def combine(
-        self, prev: Factors, terms: Sequence[Factors], coefficients: Tensor, round: int
+        self,
+        prev: Factors,
+        terms: Sequence[Factors],
+        coefficients: Tensor,
+        round: int,
+        layer: str = "",
     ) -> Factors | Merged:
         """The merge of any terms with any coefficients: for the server, which adds terms of its own
-        (what clients were sent, what was carried); nothing is checked here.
+        (what clients were sent, what was carried); what is given is not checked here.
+
+        ValueError, with rule and `layer`, for what the rule refuses, and for an answer that is none
+        for this layer: another type or shape, NaN or Inf.
         """
         timed = {"round": round} if "round" in inspect.signature(self.merge).parameters else {}
-        return self.merge(prev, terms, coefficients, **self.options, **timed)
+        try:
+            answer = self.merge(prev, terms, coefficients, **self.options, **timed)
+        except ValueError as error:
+            where = f", layer {layer!r}" if layer else ""
+            raise ValueError(f"rule {self.name!r}{where}: {error}") from error
+        check_answer(answer, prev, self.name, self.merge, layer)
+        return answer
 
     @property
     def doc(self) -> str:
@@ -142,15 +159,31 @@ def rule(
         found = Rule(name, merge, plan or same_plan, laws, reweigh, tuple(residual))
         if unknown := [key for key in _keywords(found.plan) if key not in _keywords(merge)]:
             raise TypeError(f"the plan of rule {name!r} wants {unknown[0]!r}, which is no option")
+        _check_options(merge)
         _RULES[name] = found
         return merge
 
     return register
 
 
+def guard(names: Iterable[str], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Puts something around every function of these rules, for the border to users' files."""
+    for name in names:
+        found = _RULES[name]
+        reweigh = wrap(found.reweigh) if found.reweigh is not None else None
+        _RULES[name] = replace(
+            found, merge=wrap(found.merge), plan=wrap(found.plan), reweigh=reweigh
+        )
+
+
 def add_file(path: str, names: Iterable[str]) -> None:
     """Makes the rules that a file registered known as `path:name` too."""
     _FILES.update({f"{path}:{name}": name for name in names})
+
+
+def is_file(name: str) -> bool:
+    """Whether a rule is named by a file: `./mine.py:name`, or the file alone."""
+    return ".py:" in name or name.endswith(".py")
 
 
 def rule_names() -> list[str]:
@@ -162,7 +195,7 @@ def rule_names() -> list[str]:
 def get_rule(name: str, **options: Option) -> Rule:
     """The rule of that name, options bound; ValueError names near misses and known options."""
     _discover()
-    if name not in _RULES and ".py:" in name and name not in _FILES:
+    if name not in _RULES and is_file(name) and name not in _FILES:
         raise ValueError(
             f"rule {name!r} is a file: rules from files are run on the local command line only (in "
             "a program of your own: fedlora.own_rules.import_rule)"
@@ -238,27 +271,23 @@ def described(annotation: Any) -> str:
     return "None" if annotation is type(None) else str(annotation.__name__)
 
 
-def checked_weights(weights: Sequence[float] | Tensor, clients: int) -> Tensor:
-    """The weights as a float64 vector; ValueError unless one per client, >= 0, of sum one."""
-    given = weights.tolist() if isinstance(weights, Tensor) else list(weights)
-    for value in given:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"weight {value!r} is not a number")
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"weight {value!r} is not a finite number >= 0")
-    if len(given) != clients:
-        raise ValueError(f"{len(given)} weights for {clients} clients: give one per client")
-    if not math.isclose(math.fsum(given), 1.0, rel_tol=1e-9):
-        raise ValueError(
-            f"the weights sum to {math.fsum(given):.9g}, not to 1: divide by their sum"
-        )
-    return torch.tensor(given, dtype=torch.float64)
-
-
 def _keywords(function: Callable[..., Any]) -> list[str]:
     """The names of a function's keyword-only arguments."""
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+def _check_options(merge: Merge) -> None:
+    """TypeError unless every option of a rule's function has a type and a default."""
+    parameters = inspect.signature(merge).parameters
+    for key in _keywords(merge):
+        lacks = "type" if parameters[key].annotation is inspect.Parameter.empty else ""
+        lacks = lacks or ("default" if parameters[key].default is inspect.Parameter.empty else "")
+        if lacks and key != "round":
+            raise TypeError(
+                f"option {key!r} of rule {merge.__name__!r} has no {lacks}: write it as "
+                f"{key}: int = 1"
+            )
 
 
 def _planned(rule: Rule) -> Rule:
