@@ -234,17 +234,20 @@ def _resume(folder: Path, given: Config | None) -> None:
 
 
 def _run(config: Config, resumed: Resumed | None = None) -> None:
-    from fedlora.display import shown
-    from fedlora.recording import run_folder
-    from fedlora.run import execute, prepare
+    from fedlora.runlog import check_new, run_folder, stopped_line
 
     console, folder = Console(), run_folder(config)
+    if resumed is None:
+        check_new(folder)  # before the seconds that the next imports take
     try:
+        from fedlora.display import shown
+        from fedlora.run import execute, prepare
+
         with shown(console) as watch:
             execute(prepare(config, resumed), watch)
     except KeyboardInterrupt:
-        kept = f"; {folder} holds what was finished" if folder.is_dir() else ""
-        sys.stderr.write(f"fedlora: interrupted{kept}\n")
+        left = stopped_line(folder) if folder.is_dir() else "nothing was written"
+        sys.stderr.write(f"fedlora: interrupted; {left}\n")
         raise SystemExit(130) from None
     _show_results(console, folder)
 

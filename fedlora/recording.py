@@ -23,15 +23,23 @@ from fedlora.client import evaluation_rows
 from fedlora.config import Config
 from fedlora.data import Data
 from fedlora.evaluate import Scores, evaluate, evaluate_with_part
-from fedlora.files import write_text
+from fedlora.files import locked, write_text
 from fedlora.model import Model, base_count, save_adapter, save_merged, write_adapter
 from fedlora.modes import GLOBAL, Step, for_mode, loop_adapters
 from fedlora.privacy.ledger import LEDGERS, close_all, heads
 from fedlora.privacy.plan import hides_evaluation
 from fedlora.records import Record, Scored, round_record, summary_record
-from fedlora.resume import CHECKPOINTS, Resumed
+from fedlora.resume import Resumed
 from fedlora.robust import warning
-from fedlora.runlog import append_record, create_run, model_card, versions, write_json
+from fedlora.runlog import (
+    CHECKPOINTS,
+    append_record,
+    create_run,
+    model_card,
+    run_folder,
+    versions,
+    write_json,
+)
 from fedlora.settings import round_size, shares_metrics
 
 Watch: TypeAlias = Callable[[str, Mapping[str, Any]], None]
@@ -71,18 +79,14 @@ class _Done:
         return _Done([*self.records, record], adapters, scores, best)
 
 
-def run_folder(config: Config) -> Path:
-    """Where a run goes: `run.out`, else runs/<name>."""
-    return Path(config.run.out) if config.run.out else Path("runs") / config.run.name
-
-
 @contextmanager
 def recording(job: Job, watch: Watch) -> Iterator[Note]:
     """Opens the run directory and yields what is to be called after every round, None for round 0.
 
-    Each call evaluates, writes a line to the log, then the checkpoint. At the end, and where the
-    engine stops early, the results are saved: adapter, summary, card. Events: `start`, then per
-    round `evaluate` and `round`, at last `done`.
+    The directory is this process's own until the end; ValueError where another one has it. Each
+    call evaluates, writes a line to the log, then the checkpoint. At the end, and where the engine
+    stops early, the results are saved: adapter, summary, card. Events: `start`, then per round
+    `evaluate` and `round`, at last `done`.
     """
     sizes = {
         client: {"train": len(rows), "heldout": len(job.data.heldout[client])}
@@ -91,8 +95,18 @@ def recording(job: Job, watch: Watch) -> Iterator[Note]:
     place = {"device": str(job.model.device), "threads": torch.get_num_threads()}
     if job.resumed is None:
         create_run(job.folder, job.config, place)
-    else:
-        job.resumed.take_up(job.folder)
+    with locked(job.folder):
+        if job.resumed is not None:
+            job.resumed.take_up(job.folder)
+        with _rounds(job, watch, sizes, place) as note:
+            yield note
+
+
+@contextmanager
+def _rounds(
+    job: Job, watch: Watch, sizes: Mapping[str, Any], place: Mapping[str, Any]
+) -> Iterator[Note]:
+    """As `recording`, in a directory that is there and this process's own."""
     facts = {"folder": job.folder, "clients": sizes, "rounds": job.config.run.rounds}
     watch("start", {**facts, "notes": _notes(job, sizes, place)})
     config, data = for_mode(job.config, job.data)
@@ -118,6 +132,7 @@ def recording(job: Job, watch: Watch) -> Iterator[Note]:
         yield note
     except BaseException as error:
         stopped = " ".join(str(error).split()) or type(error).__name__
+        stopped = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else stopped
         try:
             _save(job, done, sizes, stopped)
         except OSError as second:  # a full disk, most likely, that ended the run already

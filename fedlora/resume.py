@@ -13,11 +13,10 @@ from typing import Any
 
 from fedlora.checkpoint import Checkpoint, latest_checkpoint
 from fedlora.config import Config
-from fedlora.files import write_text
+from fedlora.files import check_free, write_text
 from fedlora.privacy.ledger import LEDGERS, check_heads
-from fedlora.runlog import read_config, read_json
+from fedlora.runlog import CHECKPOINTS, has_ended, read_config, read_json
 
-CHECKPOINTS = "checkpoints"
 FREE = ("run.out", "run.name")  # may differ: say where and under which name, not what
 
 
@@ -29,9 +28,15 @@ class Resumed:
     records: Sequence[dict[str, Any]]
     problems: Sequence[str]
     versions: Mapping[str, Any]
+    size: int  # of metrics.jsonl as it was read, in bytes
 
     def take_up(self, folder: Path) -> None:
-        """Cuts the log back to the checkpoint: what came after it is made again."""
+        """Cuts the log back to the checkpoint: what came after it is made again.
+
+        ValueError where another process went on with the run since it was read.
+        """
+        if _log_size(folder) != self.size:
+            raise ValueError(f"{folder} went on in another process just now: see its `status`")
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in self.records]
         write_text(folder / "metrics.jsonl", "".join(lines))
 
@@ -53,18 +58,18 @@ class Resumed:
 def find(folder: Path, config: Config | None = None) -> tuple[Config, Resumed]:
     """The config and the state of a stopped run; `config` is one that claims to be the same.
 
-    ValueError where the run has ended, another config is meant (with each difference), or there is
-    nothing whole to go on from.
+    ValueError where the run goes on in another process or has ended, another config is meant (with
+    each difference), or there is nothing whole to go on from.
     """
     own = read_config(folder)
-    summary = folder / "summary.json"
-    if summary.is_file() and not read_json(summary)["interrupted"]:
+    check_free(folder)
+    if has_ended(folder):
         raise ValueError(f"{folder} has ended: there is nothing to resume")
     if config is not None:
         refuse_changes(folder, own, config)
     checkpoint: Checkpoint | None = None
     problems: list[str] = []
-    log = records(folder)
+    size, log = _log_size(folder), records(folder)
     if any((folder / CHECKPOINTS).glob("round-*.ckpt")):
         checkpoint, problems = latest_checkpoint(folder / CHECKPOINTS)
         check_heads(folder / LEDGERS, checkpoint.notes.get("ledgers", {}))
@@ -78,7 +83,7 @@ def find(folder: Path, config: Config | None = None) -> tuple[Config, Resumed]:
         raise ValueError(f"{folder} has rounds in its log and no checkpoint to resume from")
     else:
         log = []
-    return own, Resumed(checkpoint, log, problems, read_json(folder / "versions.json"))
+    return own, Resumed(checkpoint, log, problems, read_json(folder / "versions.json"), size)
 
 
 def refuse_changes(folder: Path, own: Config, other: Config) -> None:
@@ -111,3 +116,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
             break
         found.append(record)
     return found
+
+
+def _log_size(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.stat().st_size if path.is_file() else 0

@@ -19,10 +19,10 @@ from fedlora.modes import for_mode, merge_policy, steps
 from fedlora.privacy.ledger import LEDGERS
 from fedlora.privacy.plan import announce, hides_evaluation, merge_for
 from fedlora.privacy.plan import check as check_privacy
-from fedlora.recording import Job, Watch, recording, run_folder
+from fedlora.recording import Job, Watch, recording
 from fedlora.resume import Resumed
 from fedlora.rules import Plan, get_rule
-from fedlora.runlog import check_new
+from fedlora.runlog import check_new, run_folder
 from fedlora.server import rehearse
 from fedlora.settings import round_size
 from fedlora.shelf import shelf

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
@@ -16,9 +17,23 @@ from typing import Any
 
 from fedlora import __version__
 from fedlora.config import Config, load_config
-from fedlora.files import new_folder, write_text
+from fedlora.files import check_free, new_folder, write_text
 
+CHECKPOINTS = "checkpoints"
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors")
+
+
+def run_folder(config: Config) -> Path:
+    """Where a run goes: `run.out`, else runs/<name>; ValueError for a name that is a path."""
+    name = config.run.name
+    if config.run.out:
+        return Path(config.run.out)
+    if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
+        raise ValueError(
+            f"run.name = {name!r} is no name of a folder in runs: take one without a slash, or say "
+            "where the run goes with run.out = 'DIR'"
+        )
+    return Path("runs") / name
 
 
 def create_run(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
@@ -38,13 +53,27 @@ def create_run(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
 def check_new(folder: Path) -> None:
     """ValueError if the run directory exists: a run never writes over another."""
     if folder.exists():
-        raise ValueError(
-            f"run directory {folder} exists already and was not touched: choose another with "
-            "--set run.out=DIR or --set run.name=NAME, or remove it"
-        )
+        check_free(folder)
+        another = "choose another with --set run.out=DIR or --set run.name=NAME"
+        if (folder / "config.toml").is_file() and not has_ended(folder):
+            raise ValueError(f"{stopped_line(folder)}; for another run {another}")
+        raise ValueError(f"run directory {folder} exists already and was not touched: {another}")
     there = next(parent for parent in folder.absolute().parents if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"run directory {folder} cannot be made: {there} takes no new folder")
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether the run came to its end; ValueError where its summary is damaged."""
+    summary = folder / "summary.json"
+    return summary.is_file() and not read_json(summary)["interrupted"]
+
+
+def stopped_line(folder: Path) -> str:
+    """After which round a run stopped, and the command that goes on with it."""
+    kept = [int(path.stem[6:]) for path in (folder / CHECKPOINTS).glob("round-*.ckpt")]
+    again = f"fedlora run --resume {shlex.quote(str(folder))}"
+    return f"{folder} stopped after round {max(kept, default=0)}: go on with `{again}`"
 
 
 def read_config(folder: Path) -> Config:

@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 from fedlora.display import failure_text, round_line
-from fedlora.resume import CHECKPOINTS, records
-from fedlora.runlog import read_config, read_json
+from fedlora.files import owner
+from fedlora.resume import records
+from fedlora.runlog import CHECKPOINTS, has_ended, read_config, read_json, stopped_line
 
 
 def status_lines(folder: Path) -> list[str]:
@@ -35,14 +36,16 @@ def status_lines(folder: Path) -> list[str]:
 
 
 def _stand(folder: Path) -> str:
-    summary = folder / "summary.json"
-    if summary.is_file() and not read_json(summary)["interrupted"]:
+    """Ended, running or stopped, with what can be done."""
+    if has_ended(folder):
         return "ended"
     log = folder / "metrics.jsonl"
     since = time.time() - log.stat().st_mtime if log.is_file() else 0.0
     kept = sorted(path.stem for path in (folder / CHECKPOINTS).glob("round-*.ckpt"))
-    last = f"checkpoint {kept[-1]}" if kept else "no checkpoint yet"
-    return (
-        f"not ended, last sign {since:.0f} s ago, {last}; if nothing runs it any more: "
-        f"fedlora run --resume {folder}"
-    )
+    newest = f"checkpoint {kept[-1]}" if kept else "no checkpoint yet"
+    last, keeper = f"last sign {since:.0f} s ago, {newest}", owner(folder)
+    if keeper:
+        return f"not ended, running now ({keeper}), {last}"
+    if keeper is None:  # no locks here: nobody can tell
+        return f"not ended, {last}; if nothing runs it any more: {stopped_line(folder)}"
+    return f"not ended, {last}; {stopped_line(folder)}"

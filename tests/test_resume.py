@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from bench import Place, adapter_bytes, records, summary
 
+from fedlora.files import locked
 from fedlora.resume import find
 from fedlora.run import execute, prepare
 
@@ -148,3 +150,43 @@ def test_a_changed_config_is_refused_with_each_difference(place: Place) -> None:
 def test_a_run_that_has_ended_is_not_resumed(place: Place) -> None:
     with pytest.raises(ValueError, match="has ended: there is nothing to resume"):
         find(place.run("whole"))
+
+
+def test_a_run_that_another_process_is_at_is_not_resumed(place: Place) -> None:
+    """Two that append to one log damage it, whichever of them began the run."""
+    folder = stopped_after(place, "stopped", 2, run__rounds=4)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    config, state = find(folder)
+    job = prepare(config, state)
+    with locked(folder):
+        with pytest.raises(ValueError, match=rf"in use by another process \(process {os.getpid()}"):
+            find(folder)
+        with pytest.raises(ValueError, match="in use by another process"):
+            execute(job)
+        with pytest.raises(ValueError, match="in use by another process"):
+            place.job("stopped")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_went_on_since_it_was_read_is_not_cut_back(place: Place) -> None:
+    folder = stopped_after(place, "stopped", 1, run__rounds=4)
+    late = prepare(*find(folder))
+    resumed(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="went on in another process"):
+        execute(late)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_stopped_says_how_it_goes_on_where_it_would_be_begun_anew(place: Place) -> None:
+    """Its ledger counts what its data have spent: nobody is told to remove it."""
+    folder = stopped_after(place, "stopped", 2, run__rounds=4)
+    with pytest.raises(
+        ValueError, match=rf"stopped after round 2: go on with `fedlora run --resume {folder}`"
+    ) as caught:
+        place.job("stopped", run__rounds=4)
+    assert "remove" not in str(caught.value)
+    resumed(folder)
+    with pytest.raises(ValueError, match="exists already and was not touched") as caught:
+        place.job("stopped")
+    assert "remove" not in str(caught.value)

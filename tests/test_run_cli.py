@@ -132,9 +132,10 @@ def test_an_interrupt_from_the_keyboard_leaves_a_readable_run(cli: Cli) -> None:
     finally:
         process.kill()
     assert process.returncode == 130
-    assert err.startswith("fedlora: interrupted")
-    assert len(err.splitlines()) == 1
     folder = place.folder / "run"
+    assert err.startswith(f"fedlora: interrupted; {folder} stopped after round ")
+    assert err.endswith(f"go on with `fedlora run --resume {folder}`\n")
+    assert len(err.splitlines()) == 1
     assert summary(folder)["interrupted"] is True
     assert summary(folder)["rounds"] == records(folder)[-1]["round"] >= 2
     for said in (cli("report", folder), cli("evaluate", folder, place.dev)):
@@ -192,6 +193,35 @@ def test_a_run_directory_is_never_written_over(cli: Cli) -> None:
     assert said.code == 2
     assert "exists already and was not touched" in said.err
     assert [file.name for file in folder.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.slow
+def test_a_run_directory_that_is_there_is_refused_before_anything_is_loaded(cli: Cli) -> None:
+    """Not after the seconds that transformers and a base model take."""
+    (cli.place.folder / "run").mkdir()
+    lines = [
+        "import sys",
+        "from fedlora.cli import _loaded, _run",
+        "from pathlib import Path",
+        f"config = _loaded(Path({str(cli.file)!r}), [])",
+        "try:\n    _run(config)\nexcept ValueError as error:\n    print(error)",
+        "print('transformers' in sys.modules)",
+    ]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "exists already and was not touched" in done.stdout
+    assert done.stdout.endswith("False\n")
+
+
+@pytest.mark.parametrize("name", ["a/b", "../up", "/tmp/x", "..", ""])
+def test_a_runs_name_that_is_a_path_is_refused(cli: Cli, name: str) -> None:
+    """It would write outside runs/."""
+    text = cli.file.read_text().replace(f'out = "{cli.place.folder}/run"', 'out = ""')
+    cli.file.write_text(text)
+    said = cli.run(f"run.name={name}")
+    assert said.code == 2
+    assert f"run.name = {name!r}" in said.err
+    assert "run.out" in said.err
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ from fedlora.modes import GLOBAL
 from fedlora.privacy.ledger import LEDGERS
 from fedlora.privacy.plan import announce, merge_for
 from fedlora.privacy.plan import check as check_privacy
-from fedlora.recording import Job, recording, run_folder
+from fedlora.recording import Job, recording
 from fedlora.resume import Resumed, find
 from fedlora.rules import get_rule
-from fedlora.runlog import check_new
+from fedlora.runlog import check_new, run_folder
 from fedlora.server import rehearse
 from fedlora.settings import NO_EVALUATION
 from fedlora.tables import label_ids, read_table
