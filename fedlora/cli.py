@@ -136,14 +136,17 @@ def evaluate(run: RunPath, data: str, client: Client = "") -> None:
     """Score a run's adapter on a labelled file."""
     import numpy as np
 
+    from fedlora.runlog import read_config
+    from fedlora.tables import label_ids, read_table
+
+    wanted = read_config(run).data
+    table = read_table(data, wanted)  # before the seconds that a model takes
+    ids = label_ids(table, wanted.labels)
     from fedlora.data import encode
     from fedlora.evaluate import evaluate as scored
     from fedlora.predictor import load_predictor
-    from fedlora.tables import label_ids, read_table
 
     config, model = load_predictor(run, client)
-    table = read_table(data, config.data)
-    ids = label_ids(table, config.data.labels)
     examples = encode(table, ids, model.tokenizer, config.data.max_length)
     scores = scored(model, examples, np.arange(len(examples)), config.evaluate.batch)
     console = Console()
@@ -165,19 +168,24 @@ def predict(
     ] = None,
     client: Client = "",
 ) -> None:
-    """Label a file of texts with a run's adapter: one csv row each, with probabilities."""
+    """Label a file of texts with a run's adapter: a csv row each, with probabilities and the
+    file's other columns.
+    """
+    from fedlora.runlog import read_config
+    from fedlora.tables import read_unlabelled
+
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"there is no folder {out.parent} to write {out.name} to")
+    if out is not None and out.exists():
+        raise ValueError(f"{out} exists already; nothing was written: name another file")
+    table, others = read_unlabelled(data, read_config(run).data)  # before a model is loaded
     from fedlora.predictor import load_predictor, predictions
 
-    config, model = load_predictor(run, client)
-    text = predictions(config, model, data)
+    text = predictions(*load_predictor(run, client), table, others)
     if out is None:
         sys.stdout.write(text)
-        return
-    if not out.parent.is_dir():
-        raise ValueError(f"there is no folder {out.parent} to write {out.name} to")
-    if out.exists():
-        raise ValueError(f"{out} exists already; nothing was written: name another file")
-    out.write_text(text, encoding="utf-8")
+    else:
+        out.write_text(text, encoding="utf-8")
 
 
 def config() -> None:

@@ -28,11 +28,11 @@ from fedlora.settings import (
     PrivacySettings,
     RunSettings,
 )
+from fedlora.sources import anchored_data, anchored_model
 
 Flat: TypeAlias = dict[str, bool | int | float | str]
 
 FILE_RULE = ".py:"  # what a rule is named by that comes from a file
-LOCAL_ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -308,30 +308,18 @@ def _in_range(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
 
 def anchored(flat: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Relative paths of data and model made absolute, as meant from this folder."""
-
-    def anchor(value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        name, colon, split = value.partition(":")
-        if value.lower().endswith(LOCAL_ENDINGS):
-            return str((folder / value).resolve())
-        if name and (folder / name).is_dir():
-            return f"{(folder / name).resolve()}{colon}{split}"
-        return value
-
     anchored = dict(flat)
     for key in flat:
         if key in ("data.train", "data.evaluate") or key.startswith("data.clients."):
-            anchored[key] = anchor(flat[key])
+            anchored[key] = anchored_data(flat[key], folder)
     if "data.clients" in flat:
         files = _coerced("data.clients", flat["data.clients"], dict[str, str])
-        anchored["data.clients"] = {client: anchor(file) for client, file in files.items()}
+        anchored["data.clients"] = {c: anchored_data(file, folder) for c, file in files.items()}
     path, colon, rule = str(flat.get("merge.rule", "")).rpartition(":")
     if path.endswith(".py"):
         anchored["merge.rule"] = f"{(folder / path).resolve()}{colon}{rule}"
-    name = flat.get("model.name")
-    if isinstance(name, str) and (folder / name).is_dir():
-        anchored["model.name"] = str((folder / name).resolve())
+    if "model.name" in flat:
+        anchored["model.name"] = anchored_model(flat["model.name"], folder)
     return anchored
 
 

@@ -151,7 +151,7 @@ def tokenised(config: Config, silos: Silos, tokenizer: Any) -> Data:
 def encode(table: Table, ids: Sequence[int], tokenizer: Any, max_length: int) -> Examples:
     """The table's texts as token numbers, cut to `max_length`, not padded.
 
-    ValueError, with its row, for a text without a single token.
+    ValueError, with its place, for a text without a single token.
     """
     encoded = tokenizer(table.texts, table.pairs, truncation=True, max_length=max_length)
     padding = {
@@ -165,8 +165,8 @@ def encode(table: Table, ids: Sequence[int], tokenizer: Any, max_length: int) ->
     }
     lengths = np.array([row.size for row in inputs["input_ids"]], dtype=np.int64)
     if not lengths.all():
-        row = int(np.argmin(lengths)) + 1
-        raise ValueError(f"{table.source}, row {row}: the text is empty, it has no token to read")
+        row = int(np.argmin(lengths))
+        raise ValueError(f"{table.place(row)}: the text is empty, it has no token to read")
     return Examples(inputs, np.array(ids, dtype=np.int64), lengths, padding)
 
 
@@ -192,6 +192,7 @@ def _client_tables(settings: DataSettings) -> tuple[Table, Parts]:
         [text for table in tables.values() for text in table.texts],
         [pair for table in tables.values() for pair in table.pairs or []] if paired else None,
         [label for table in tables.values() for label in table.labels],
+        members=list(tables.values()),
     )
     return joined, parts
 

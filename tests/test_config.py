@@ -197,6 +197,18 @@ def test_paths_in_a_file_are_meant_from_its_folder_and_in_overrides_from_where_o
     config = load_config(path, ["data.train=train.csv", "data.clients.b=b.csv"])
     there = str(tmp_path / "elsewhere" / "b.csv")
     assert config.data.train == str(tmp_path / "elsewhere" / "train.csv")
+    config = load_config(path, ["data.train=notes.xlsx", "model.name=../base"])
+    assert config.data.train == str(tmp_path / "elsewhere" / "notes.xlsx")
+    assert config.model.name == str(tmp_path / "base")
+    (tmp_path / "notes").touch()  # no ending, and there
+    path.write_text("[data]\ntrain = 'notes'\nevaluate = 'base/dev'\n[model]\nname = './none'\n")
+    config = load_config(path)
+    assert config.data.train == str(tmp_path / "notes")
+    assert config.data.evaluate == str(tmp_path / "base" / "dev")
+    assert config.model.name == str(tmp_path / "none")
+    config = load_config(path, ["data.train=train.csv", "data.clients.b=b.csv"])
+    path.write_text("[data]\nclients = {a = 'a.jsonl'}\n")
+    config = load_config(path, ["data.train=train.csv", "data.clients.b=b.csv"])
     assert config.data.clients == {"a": str(tmp_path / "a.jsonl"), "b": there}
 
 

@@ -94,13 +94,24 @@ def test_files_of_clients_need_the_labels_and_are_told_which_were_found(
     assert 'labels = ["x", "y", "z"]' in message
 
 
-def test_an_unknown_label_names_the_clients_file_and_its_row(
+def test_an_unknown_label_names_the_clients_file_and_its_line(
     files: Callable[..., dict[str, str]],
 ) -> None:
     clients = files(a=["neg", "pos"], b=["neg", "pos", "Pos"])
     message = refusal("", data__clients=clients, data__labels=["neg", "pos"])
-    assert f"{clients['b']}, row 3: unknown label 'Pos'; did you mean 'pos'?" in message
+    assert f"{clients['b']}, line 4: unknown label 'Pos'; did you mean 'pos'?" in message
     assert clients["a"] not in message
+
+
+def test_a_text_without_a_token_is_named_in_its_own_clients_file(
+    files: Callable[..., dict[str, str]],
+) -> None:
+    """Not in the table of all clients' rows."""
+    clients = files(a=["x", "y"], b=["x", "y", "x"])
+    silos = silos_of("", data__clients=clients, data__labels=["x", "y"])
+    assert [silos.table.place(row) for row in (1, 2, 4)] == [
+        f"{clients['a']}, line 3", f"{clients['b']}, line 2", f"{clients['b']}, line 4"
+    ]  # fmt: skip
 
 
 def test_clients_with_pairs_and_without_do_not_mix(tmp_path: Path) -> None:
@@ -242,7 +253,7 @@ def test_a_set_evaluation_file_evaluates_with_the_central_ids(train: Path, tmp_p
 
 def test_an_evaluation_set_with_another_label_is_refused(train: Path, tmp_path: Path) -> None:
     file = write_csv(tmp_path / "dev.csv", [["warm", "pos"], ["cold", "ngea"]])
-    assert "dev.csv, row 2: unknown label 'ngea'" in refusal(train, data__evaluate=str(file))
+    assert "dev.csv, line 3: unknown label 'ngea'" in refusal(train, data__evaluate=str(file))
 
 
 def test_an_evaluation_set_of_pairs_does_not_fit_single_texts(train: Path, tmp_path: Path) -> None:

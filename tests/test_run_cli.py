@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,12 +155,18 @@ MISTAKES = [
     ("noequals", "has no '='"),
     ("data.train=nosuch.csv", "nosuch.csv"),
     ("data.text=txet", "did you mean 'text'?"),
-    ('data.labels=["neg", "psoitive"]', "row 2: unknown label 'pos'"),
+    ('data.labels=["neg", "psoitive"]', "line 3: unknown label 'pos'"),
     ("data.evaluate=header.csv", "header.csv has no rows"),
     ("data.holdout=0", "run.save_best needs data.holdout"),
     ("partition.by=column", "partition.by = 'column' needs partition.column"),
     ("partition.clients=60", "would hold no rows"),
-    ("model.name=/no/such/model", "could not be loaded"),
+    ("model.name=/no/such/model", "there is no folder /no/such/model"),
+    ("model.name=./models/x", "models/x"),
+    ("model.name=builtin:mini", "did you mean 'builtin:minilm'?"),
+    ("data.train=patients.xlsx", "the endings read are csv, tsv, jsonl, json, parquet"),
+    ("data.train=.", "is a folder: name one file, or one for each client"),
+    ("data.text=label", "would be the text and its label too"),
+    ("run.device=gpu", "did you mean 'cuda'?"),
     ("model.targets=quary", "did you mean 'query'?"),
     ("model.rank=99", "take at most 32"),
     ("model.pad_token=<nope>", "is not in the vocabulary"),
@@ -232,7 +239,7 @@ def test_a_runs_name_that_is_a_path_is_refused(cli: Cli, name: str) -> None:
         (["run", "section.toml"], "unknown section 'modle'; did you mean 'model'?"),
         (["evaluate", "nosuch", "dev.csv"], "nosuch is not a run directory"),
         (["evaluate", "{run}", "nosuch.csv"], "nosuch.csv"),
-        (["evaluate", "{run}", "other.csv"], "row 1: unknown label 'poss'; did you mean 'pos'?"),
+        (["evaluate", "{run}", "other.csv"], "line 2: unknown label 'poss'; did you mean 'pos'?"),
         (["evaluate", "{run}", "dev.csv", "--client", "0"], "it has one for all"),
         (["evaluate", "{own}", "dev.csv"], "choose one of 0, 1, 2 with --client"),
         (["evaluate", "{own}", "dev.csv", "--client", "7"], "no adapter of client '7'"),
@@ -297,6 +304,50 @@ def test_predictions_are_one_row_a_text_and_agree_with_the_scores(cli: Cli, fini
     said = cli("predict", finished, file, "-o", "answers.csv")
     assert said.code == 0
     assert list(csv.DictReader(io.StringIO(Path("answers.csv").read_text()))) == told
+
+
+def test_predictions_keep_the_files_other_columns(cli: Cli, finished: Path) -> None:
+    """Else the rows' ids are lost; what is called as one of ours gets another name."""
+    rows = [(f"id-{n}", text, label, n) for n, (text, label) in enumerate(toy_rows(5, seed=9))]
+    file = write_csv(cli.place.folder / "new.csv", rows, ["id", "text", "label", "note, long"])
+    told = list(csv.DictReader(io.StringIO(cli("predict", finished, file).out)))
+    names = ["text", "label", "p(bad)", "p(nice)", "id", "input label", "note, long"]
+    assert list(told[0]) == names
+    for row, (id, text, label, note) in zip(told, rows, strict=True):
+        kept = (row["id"], row["text"], row["input label"], row["note, long"])
+        assert kept == (id, text, label, str(note))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "{run}", "nosuch.csv"],
+        ["evaluate", "{run}", "other.csv"],
+        ["predict", "{run}", "nosuch.csv"],
+        ["predict", "{run}", "other.csv", "-o", "other.csv"],
+        ["predict", "{run}", "other.csv", "-o", "no/such/folder.csv"],
+        ["predict", "{cut}", "other.csv"],
+    ],
+    ids=" ".join,
+)
+def test_mistakes_about_files_are_found_before_a_model_is_loaded(
+    cli: Cli, finished: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_csv(cli.place.folder / "other.csv", [["good", "poss"]])
+    cut = cli.place.folder / "cut"
+    shutil.copytree(finished, cut)
+    shutil.rmtree(cut / "adapter")
+    (cut / "summary.json").unlink()
+
+    def loads(*anything: object) -> None:
+        raise RuntimeError("a model is loaded")
+
+    monkeypatch.setattr("fedlora.predictor.configured_model", loads)
+    said = cli(*(argument.format(run=finished, cut=cut) for argument in arguments))
+    assert (said.code, said.out) == (2, "")
+    if arguments[1] == "{cut}":
+        assert f"{cut} has no adapter yet" in said.err
+        assert f"go on with `fedlora run --resume {cut}`" in said.err
 
 
 def test_each_clients_own_adapter_can_be_asked(cli: Cli, finished: Path) -> None:
