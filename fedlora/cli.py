@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedlora import __version__
 from fedlora.cli_privacy import privacy
 from fedlora.cli_report import report
 from fedlora.cli_rules import import_own_rule, merge, rules
@@ -71,6 +72,23 @@ def run(
     _resume(resume or Path(), given)
 
 
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        sys.stdout.write(f"fedlora {__version__}\n")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and end."),
+    ] = False,
+) -> None:
+    """What stands before a command; the app's own help is shown."""
+
+
 def status(run: RunPath) -> None:
     """Show where a run stands: its round, scores, failures, and whether it can be resumed."""
     from fedlora.status import status_lines
@@ -114,6 +132,7 @@ def partition(
 ) -> None:
     """Show who would hold which labels, before anyone trains."""
     from fedlora.data import read_silos
+    from fedlora.remarks import remarks
 
     loaded = _loaded(config, set)
     silos = read_silos(loaded)
@@ -125,6 +144,8 @@ def partition(
     console = Console()
     console.print(table)
     console.print(f"{used:,} of {len(silos.table):,} rows of {silos.table.source}", highlight=False)
+    for line in remarks(loaded, silos):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if out is not None:
         from fedlora.canvas import draw_partition, save_figure
 

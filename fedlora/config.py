@@ -188,8 +188,10 @@ def _coerced(key: str, value: Any, kind: Any) -> Any:
         raise problem
     if wanted is list:
         return _list_of(get_args(kind)[0], value, problem)
-    if kind == dict[str, str] and not all(isinstance(entry, str) for entry in value.values()):
-        raise problem
+    if kind == dict[str, str]:
+        for name, entry in value.items():
+            if not isinstance(entry, str):
+                raise ValueError(f"{key}.{name} = {entry!r} is not {_READABLE[str]}")
     if wanted is dict:
         return {name: entry for name, entry in value.items() if entry is not None}
     return value
@@ -246,6 +248,9 @@ def _check(config: Config) -> None:
         )
     if config.partition.by == "column" and not config.partition.column:
         raise ValueError("partition.by = 'column' needs partition.column, the column's name")
+    labels = config.data.labels
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"data.labels lists {twice[0]!r} twice: each label has one id")
     if config.data.label_names and len(config.data.label_names) != len(config.data.labels):
         raise ValueError(
             f"data.label_names has {len(config.data.label_names)} names for "

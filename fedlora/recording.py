@@ -22,6 +22,7 @@ from fedlora.checkpoint import Checkpoint, remove_checkpoints, save_checkpoint
 from fedlora.client import evaluation_rows
 from fedlora.config import Config
 from fedlora.data import Data
+from fedlora.digests import data_record
 from fedlora.evaluate import Scores, evaluate, evaluate_with_part
 from fedlora.files import locked, write_text
 from fedlora.model import Model, base_count, save_adapter, save_merged, write_adapter
@@ -56,6 +57,7 @@ class Job:
     start: Adapter
     resumed: Resumed | None = None
     privacy: Sequence[str] = ()  # what it will cost, in words
+    remarks: Sequence[str] = ()  # what to know of its data
 
     @property
     def folder(self) -> Path:
@@ -94,7 +96,7 @@ def recording(job: Job, watch: Watch) -> Iterator[Note]:
     }
     place = {"device": str(job.model.device), "threads": torch.get_num_threads()}
     if job.resumed is None:
-        create_run(job.folder, job.config, place)
+        create_run(job.folder, job.config, {**place, **_data_record(job)})
     with locked(job.folder):
         if job.resumed is not None:
             job.resumed.take_up(job.folder)
@@ -143,6 +145,15 @@ def _rounds(
     watch("done", {"folder": job.folder, "record": done.records[-1]})
 
 
+def _data_record(job: Job) -> dict[str, str]:
+    """What the data files of the run are, with their rows."""
+    data = job.data
+    rows = {"data.train": len(data.train), "data.evaluate": len(data.evaluation)}
+    for client, own in data.rows.items():
+        rows[f"data.clients.{client}"] = len(own) + len(data.heldout[client])
+    return data_record(job.config.data, rows)
+
+
 def _begun(job: Job) -> _Done:
     """What is there before the first round of this process."""
     if job.resumed is None or job.resumed.checkpoint is None:
@@ -172,7 +183,7 @@ def _notes(job: Job, sizes: Mapping[str, Any], place: Mapping[str, Any]) -> list
     federated = config.run.mode == "federated"
     notes = [warning(config.merge.robust, a_round)] if federated else []
     notes += job.resumed.notes(versions() | dict(place)) if job.resumed else []
-    notes += job.privacy
+    notes += [*job.remarks, *job.privacy]
     return [note for note in notes if note]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from fedlora.checkpoint import Checkpoint, latest_checkpoint
 from fedlora.config import Config
+from fedlora.digests import changed_data
 from fedlora.files import check_free, write_text
 from fedlora.privacy.ledger import LEDGERS, check_heads
 from fedlora.runlog import CHECKPOINTS, has_ended, read_config, read_json
@@ -48,7 +49,7 @@ class Resumed:
         other = [
             f"{key} {self.versions.get(key)} then, {now.get(key)} now"
             for key in keys
-            if key != "git" and now.get(key) != self.versions.get(key)
+            if not key.startswith("data.") and now.get(key) != self.versions.get(key)
         ]
         if other:
             notes.append(f"not on the same ground, the bits may differ: {'; '.join(other)}")
@@ -59,7 +60,7 @@ def find(folder: Path, config: Config | None = None) -> tuple[Config, Resumed]:
     """The config and the state of a stopped run; `config` is one that claims to be the same.
 
     ValueError where the run goes on in another process or has ended, another config is meant (with
-    each difference), or there is nothing whole to go on from.
+    each difference), a data file is another one now, or there is nothing whole to go on from.
     """
     own = read_config(folder)
     check_free(folder)
@@ -67,6 +68,8 @@ def find(folder: Path, config: Config | None = None) -> tuple[Config, Resumed]:
         raise ValueError(f"{folder} has ended: there is nothing to resume")
     if config is not None:
         refuse_changes(folder, own, config)
+    versions = read_json(folder / "versions.json")
+    refuse_other_data(folder, own, versions)
     checkpoint: Checkpoint | None = None
     problems: list[str] = []
     size, log = _log_size(folder), records(folder)
@@ -83,7 +86,7 @@ def find(folder: Path, config: Config | None = None) -> tuple[Config, Resumed]:
         raise ValueError(f"{folder} has rounds in its log and no checkpoint to resume from")
     else:
         log = []
-    return own, Resumed(checkpoint, log, problems, read_json(folder / "versions.json"), size)
+    return own, Resumed(checkpoint, log, problems, versions, size)
 
 
 def refuse_changes(folder: Path, own: Config, other: Config) -> None:
@@ -100,6 +103,15 @@ def refuse_changes(folder: Path, own: Config, other: Config) -> None:
         raise ValueError(
             f"{folder} was run with another config; resume it without one, or start a new run: "
             + "; ".join(changed)
+        )
+
+
+def refuse_other_data(folder: Path, own: Config, versions: Mapping[str, Any]) -> None:
+    """ValueError that names every data file whose bytes are not those that the run began with."""
+    if changed := changed_data(own.data, versions):
+        raise ValueError(
+            f"{folder} was begun with other data: {'; '.join(changed)}: put back the file as it "
+            "was, or start a new run"
         )
 
 

@@ -20,6 +20,7 @@ from fedlora.privacy.ledger import LEDGERS
 from fedlora.privacy.plan import announce, hides_evaluation, merge_for
 from fedlora.privacy.plan import check as check_privacy
 from fedlora.recording import Job, Watch, recording
+from fedlora.remarks import remarks
 from fedlora.resume import Resumed
 from fedlora.rules import Plan, get_rule
 from fedlora.runlog import check_new, run_folder
@@ -59,7 +60,8 @@ def prepare(config: Config, resumed: Resumed | None = None) -> Job:
         )
     executed, pooled = for_mode(config, data)
     rows = {client: len(own) for client, own in pooled.rows.items()}
-    return Job(config, data, model, start, resumed, announce(executed, rows, start))
+    costs, known = announce(executed, rows, start), remarks(config, silos)
+    return Job(config, data, model, start, resumed, costs, known)
 
 
 def execute(job: Job, watch: Watch = lambda event, facts: None) -> Path:

@@ -18,6 +18,7 @@ from typing import Any
 from fedlora import __version__
 from fedlora.config import Config, load_config
 from fedlora.files import check_free, new_folder, write_text
+from fedlora.sources import evaluation_of
 
 CHECKPOINTS = "checkpoints"
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors")
@@ -129,7 +130,9 @@ def model_card(config: Config, summary: Mapping[str, Any], base: str) -> str:
         f"| {client} | {rows['train']:,} | {rows['heldout']:,} |"
         for client, rows in summary["clients"].items()
     )
-    full = summary["full_finetuning_bytes_total"]
+    full, data = summary["full_finetuning_bytes_total"], config.data
+    shared = evaluation_of(data.train, data.evaluate, data.clients)
+    evaluated = "examples" if shared else "held-out rows of the clients themselves (no set apart)"
     return f"""---
 base_model: {base}
 library_name: peft
@@ -142,7 +145,7 @@ A LoRA adapter for `{base}`, trained with [fedlora](https://pypi.org/project/fed
 **{config.run.mode}**{_method(config)}, rank {config.model.rank}, alpha {config.model.alpha:g}, \
 seed {config.run.seed}, {summary["rounds"]} rounds.
 
-* Evaluation on {final.get("examples", 0):,} examples: {scores or "none"}.
+* Evaluation on {final.get("examples", 0):,} {evaluated}: {scores or "none"}.
 * Labels in the order of their ids: {", ".join(summary["labels"])}.
 * Trainable parameters: {summary["trainable_parameters"]:,} beside {summary["base_parameters"]:,} \
 frozen ones ({summary["trainable_parameters"] / summary["base_parameters"]:.2%}).

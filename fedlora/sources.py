@@ -81,6 +81,36 @@ def check_folder(folder: Path) -> None:
         )
 
 
+def data_files(train: str, evaluate: str, clients: Mapping[str, str]) -> dict[str, Path]:
+    """The data of a run that are files here, by setting (`data.clients.NAME`)."""
+    named = _named(train, evaluate, clients).items()
+    return {key: Path(name) for key, name in named if is_local(name) and not Path(name).is_dir()}
+
+
+def check_apart(train: str, evaluate: str, clients: Mapping[str, str]) -> None:
+    """ValueError where one file (or split of a hub's data set) stands in two places."""
+    places: dict[str, str] = {}
+    for key, name in _named(train, evaluate, clients).items():
+        whole = name if ":" in name.removeprefix(BUILTIN) else f"{name}:train"
+        own = str(Path(name).resolve()) if is_local(name) else whole
+        other = places.setdefault(own, key)
+        if other == key:
+            continue
+        if key == "data.evaluate":
+            raise ValueError(
+                f"data.evaluate = {name!r} is {other} too: it must hold rows that nobody trains "
+                "on; without it the clients' held-out rows are scored"
+            )
+        raise ValueError(f"{other} and {key} are both {name!r}: each client needs its own rows")
+
+
+def _named(train: str, evaluate: str, clients: Mapping[str, str]) -> dict[str, str]:
+    """What is read, by setting, the evaluation set last."""
+    found = {f"data.clients.{client}": name for client, name in sorted(clients.items())}
+    found = found or {"data.train": train}
+    return found | ({} if evaluate in ("", NO_EVALUATION) else {"data.evaluate": evaluate})
+
+
 def check_model(name: str) -> None:
     """ValueError for a model's name that is neither here nor a hub's."""
     if name.startswith(BUILTIN):

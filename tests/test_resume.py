@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bench import Place, adapter_bytes, records, summary
+from tiny import toy_rows, write_csv
 
 from fedlora.files import locked
 from fedlora.resume import find
@@ -135,6 +138,34 @@ def test_without_a_whole_checkpoint_a_run_is_refused_and_untouched(place: Place)
     with pytest.raises(ValueError, match=r"no whole checkpoint to resume from: .*damaged.*damaged"):
         find(folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_changed_data_file_is_refused_by_name(place: Place) -> None:
+    """The promise is the same bytes: other rows would give others, with nothing said."""
+    folder = stopped_after(place, "stopped", 1)
+    written = json.loads((folder / "versions.json").read_text())
+    for file, key, rows in ((place.train, "data.train", 48), (place.dev, "data.evaluate", 20)):
+        assert written[key] == f"sha256 {sha256(file.read_bytes()).hexdigest()}, {rows} rows"
+    for file, key, rows in ((place.train, "data.train", 48), (place.dev, "data.evaluate", 20)):
+        kept = file.read_bytes()
+        for changed in (kept + b"good,pos\n", b""):
+            file.write_bytes(changed) if changed else file.unlink()
+            with pytest.raises(ValueError, match="begun with other data") as caught:
+                find(folder)
+            assert f"{file} ({key})" in str(caught.value)
+            assert f"{rows} rows then" in str(caught.value)
+            file.write_bytes(kept)
+    now = {key: value for key, value in written.items() if not key.startswith("data.")}
+    assert find(folder)[1].notes(now) == ["resumed after round 1"]
+
+
+def test_a_clients_changed_file_is_refused_by_name(place: Place, tmp_path: Path) -> None:
+    clients = {name: str(write_csv(tmp_path / f"{name}.csv", toy_rows(16))) for name in "ab"}
+    folder = stopped_after(place, "stopped", 1, data__clients=clients, data__labels=["neg", "pos"])
+    Path(clients["b"]).write_text(Path(clients["b"]).read_text().replace("good", "bad"))
+    with pytest.raises(ValueError, match=r"b\.csv \(data\.clients\.b\) .* 16 rows then") as caught:
+        find(folder)
+    assert "a.csv" not in str(caught.value)
 
 
 def test_a_changed_config_is_refused_with_each_difference(place: Place) -> None:

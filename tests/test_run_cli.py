@@ -18,6 +18,7 @@ import pytest
 from bench import Place, records, summary
 from tiny import LABELS, toy_rows, write_csv
 
+from fedlora import __version__
 from fedlora.cli import main
 from fedlora.runlog import read_config
 
@@ -366,7 +367,27 @@ def test_a_partition_is_shown_before_anything_is_trained(cli: Cli) -> None:
     assert ["0", "12", "12", "24"] in lines
     assert ["1", "12", "12", "24"] in lines
     assert "48 of 48 rows" in said.out
+    assert "few rows" not in said.out
     assert not (cli.place.folder / "run").exists()
+    said = cli("partition", cli.file, "--set", "partition.clients=6", "--set", "data.evaluate=")
+    assert "few rows: 0 trains on 6, " in said.out
+    assert "on the clients' own held-out rows, 12 in all" in said.out
+
+
+def test_a_run_says_what_is_odd_about_its_data(cli: Cli) -> None:
+    """In lines of its own at the start, and in the card and the figure what the scores are of."""
+    said = cli.run("partition.clients=4", "data.evaluate=", "run.rounds=1")
+    assert said.code == 0
+    lines = said.out.splitlines()
+    assert lines[1] == "few rows: " + ", ".join(f"{client} trains on 8" for client in range(4))
+    assert "on the clients' own held-out rows, 16 in all" in lines[2]
+    card = (cli.place.folder / "run" / "adapter" / "README.md").read_text()
+    assert "Evaluation on 16 held-out rows of the clients themselves (no set apart)" in card
+
+
+def test_the_version_is_told(cli: Cli) -> None:
+    said = cli("--version")
+    assert (said.code, said.out) == (0, f"fedlora {__version__}\n")
 
 
 def test_a_report_of_several_runs_is_written_where_asked(cli: Cli, finished: Path) -> None:
