@@ -55,9 +55,9 @@ def check_new(folder: Path) -> None:
     """ValueError if the run directory exists: a run never writes over another."""
     if folder.exists():
         check_free(folder)
-        another = "choose another with --set run.out=DIR or --set run.name=NAME"
+        another = "choose another folder with --set run.out=DIR or --set run.name=NAME"
         if (folder / "config.toml").is_file() and not has_ended(folder):
-            raise ValueError(f"{stopped_line(folder)}; for another run {another}")
+            raise ValueError(f"{stopped_line(folder)}; for a new run {another}")
         raise ValueError(f"run directory {folder} exists already and was not touched: {another}")
     there = next(parent for parent in folder.absolute().parents if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -130,9 +130,7 @@ def model_card(config: Config, summary: Mapping[str, Any], base: str) -> str:
         f"| {client} | {rows['train']:,} | {rows['heldout']:,} |"
         for client, rows in summary["clients"].items()
     )
-    full, data = summary["full_finetuning_bytes_total"], config.data
-    shared = evaluation_of(data.train, data.evaluate, data.clients)
-    evaluated = "examples" if shared else "held-out rows of the clients themselves (no set apart)"
+    full = summary["full_finetuning_bytes_total"]
     return f"""---
 base_model: {base}
 library_name: peft
@@ -145,7 +143,7 @@ A LoRA adapter for `{base}`, trained with [fedlora](https://pypi.org/project/fed
 **{config.run.mode}**{_method(config)}, rank {config.model.rank}, alpha {config.model.alpha:g}, \
 seed {config.run.seed}, {summary["rounds"]} rounds.
 
-* Evaluation on {final.get("examples", 0):,} {evaluated}: {scores or "none"}.
+* Evaluation on {final.get("examples", 0):,} {_evaluated(config)}: {scores or "none"}.
 * Labels in the order of their ids: {", ".join(summary["labels"])}.
 * Trainable parameters: {summary["trainable_parameters"]:,} beside {summary["base_parameters"]:,} \
 frozen ones ({summary["trainable_parameters"] / summary["base_parameters"]:.2%}).
@@ -166,6 +164,13 @@ Load it with `PeftModel.from_pretrained(base, folder)` on the base named above, 
 def megabytes(count: int) -> str:
     """A byte count for people: MB are 10^6 bytes."""
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
+
+
+def _evaluated(config: Config) -> str:
+    """What the scores are of, in words."""
+    data = config.data
+    shared = evaluation_of(data.train, data.evaluate, data.clients)
+    return "examples" if shared else "held-out rows of the clients themselves (no set apart)"
 
 
 def _method(config: Config) -> str:
