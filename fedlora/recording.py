@@ -22,17 +22,26 @@ from fedlora.checkpoint import Checkpoint, remove_checkpoints, save_checkpoint
 from fedlora.client import evaluation_rows
 from fedlora.config import Config
 from fedlora.data import Data
+from fedlora.digests import data_record
 from fedlora.evaluate import Scores, evaluate, evaluate_with_part
-from fedlora.files import write_text
+from fedlora.files import locked, write_text
 from fedlora.model import Model, base_count, save_adapter, save_merged, write_adapter
 from fedlora.modes import GLOBAL, Step, for_mode, loop_adapters
 from fedlora.privacy.ledger import LEDGERS, close_all, heads
 from fedlora.privacy.plan import hides_evaluation
 from fedlora.privacy.statement import card_section, write_statement
 from fedlora.records import Record, Scored, round_record, summary_record
-from fedlora.resume import CHECKPOINTS, Resumed
+from fedlora.resume import Resumed
 from fedlora.robust import warning
-from fedlora.runlog import append_record, create_run, model_card, versions, write_json
+from fedlora.runlog import (
+    CHECKPOINTS,
+    append_record,
+    create_run,
+    model_card,
+    run_folder,
+    versions,
+    write_json,
+)
 from fedlora.settings import round_size, shares_metrics
 from fedlora.simulation import Progress
 
@@ -56,6 +65,7 @@ class Job:
     start: Adapter
     resumed: Resumed | None = None
     privacy: Sequence[str] = ()  # what it will cost, in words
+    remarks: Sequence[str] = ()  # what to know of its data
 
     @property
     def folder(self) -> Path:
@@ -89,18 +99,14 @@ class _Done:
         return _Done([*self.records, record], adapters, scores, best, common)
 
 
-def run_folder(config: Config) -> Path:
-    """Where a run goes: `run.out`, else runs/<name>."""
-    return Path(config.run.out) if config.run.out else Path("runs") / config.run.name
-
-
 @contextmanager
 def recording(job: Job, watch: Watch) -> Iterator[Note]:
     """Opens the run directory and yields what is to be called after every round, None for round 0.
 
-    Each call evaluates, writes a line to the log, then the checkpoint. At the end, and where the
-    engine stops early, the results are saved: adapter, summary, card. Events: `start`, then per
-    round `evaluate` and `round`, at last `done`.
+    The directory is this process's own until the end; ValueError where another one has it. Each
+    call evaluates, writes a line to the log, then the checkpoint. At the end, and where the engine
+    stops early, the results are saved: adapter, summary, card. Events: `start`, then per round
+    `evaluate` and `round`, at last `done`.
     """
     sizes = {
         client: {"train": len(rows), "heldout": len(job.data.heldout[client])}
@@ -108,9 +114,19 @@ def recording(job: Job, watch: Watch) -> Iterator[Note]:
     }
     place = {"device": str(job.model.device), "threads": torch.get_num_threads()}
     if job.resumed is None:
-        create_run(job.folder, job.config, place)
-    else:
-        job.resumed.take_up(job.folder)
+        create_run(job.folder, job.config, {**place, **_data_record(job)})
+    with locked(job.folder):
+        if job.resumed is not None:
+            job.resumed.take_up(job.folder)
+        with _rounds(job, watch, sizes, place) as note:
+            yield note
+
+
+@contextmanager
+def _rounds(
+    job: Job, watch: Watch, sizes: Mapping[str, Any], place: Mapping[str, Any]
+) -> Iterator[Note]:
+    """As `recording`, in a directory that is there and this process's own."""
     facts = {"folder": job.folder, "clients": sizes, "rounds": job.config.run.rounds}
     watch("start", {**facts, "notes": _notes(job, sizes, place)})
     config, data = for_mode(job.config, job.data)
@@ -137,6 +153,7 @@ def recording(job: Job, watch: Watch) -> Iterator[Note]:
         yield note
     except BaseException as error:
         stopped = " ".join(str(error).split()) or type(error).__name__
+        stopped = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else stopped
         try:
             _save(job, done, sizes, stopped)
         except OSError as second:  # a full disk, most likely, that ended the run already
@@ -145,6 +162,15 @@ def recording(job: Job, watch: Watch) -> Iterator[Note]:
     _save(job, done, sizes, "")
     remove_checkpoints(job.folder / CHECKPOINTS)
     watch("done", {"folder": job.folder, "record": done.records[-1]})
+
+
+def _data_record(job: Job) -> dict[str, str]:
+    """What the data files of the run are, with their rows."""
+    data = job.data
+    rows = {"data.train": len(data.train), "data.evaluate": len(data.evaluation)}
+    for client, own in data.rows.items():
+        rows[f"data.clients.{client}"] = len(own) + len(data.heldout[client])
+    return data_record(job.config.data, rows)
 
 
 def _begun(job: Job) -> _Done:
@@ -181,7 +207,7 @@ def _notes(job: Job, sizes: Mapping[str, Any], place: Mapping[str, Any]) -> list
     federated = config.run.mode == "federated"
     notes = [warning(config.merge.robust, a_round)] if federated else []
     notes += job.resumed.notes(versions() | dict(place)) if job.resumed else []
-    notes += job.privacy
+    notes += [*job.remarks, *job.privacy]
     return [note for note in notes if note]
 
 

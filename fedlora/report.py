@@ -27,8 +27,9 @@ from fedlora.rundir import (
 def markdown(runs: Sequence[Run]) -> str:
     """A table with a row a run; then a row a client for one run, a row a method for repeated ones.
 
-    Accuracy and macro-F1 are on the shared evaluation set, "held-out" is accuracy on the client's
-    own data; MB are 10^6 bytes of all clients; a dash stands for what was not measured.
+    Accuracy and macro-F1 are on the shared evaluation set, or on the clients' held-out rows where
+    there is none; "held-out" is accuracy on the client's own data; MB are 10^6 bytes of all
+    clients; a dash stands for what was not measured.
     """
     tables = [_table([_run_cells(run) for run in runs])]
     groups = group_runs(runs)

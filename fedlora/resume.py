@@ -13,12 +13,12 @@ from typing import Any
 
 from fedlora.checkpoint import Checkpoint, latest_checkpoint
 from fedlora.config import Config
-from fedlora.files import write_text
+from fedlora.digests import changed_data
+from fedlora.files import check_free, write_text
 from fedlora.own_rules import rule_file
 from fedlora.privacy.ledger import LEDGERS, check_heads
-from fedlora.runlog import RULE_COPY, read_config, read_json
+from fedlora.runlog import CHECKPOINTS, RULE_COPY, has_ended, read_config, read_json
 
-CHECKPOINTS = "checkpoints"
 FREE = ("run.out", "run.name")  # may differ: say where and under which name, not what
 
 
@@ -30,9 +30,15 @@ class Resumed:
     records: Sequence[dict[str, Any]]
     problems: Sequence[str]
     versions: Mapping[str, Any]
+    size: int  # of metrics.jsonl as it was read, in bytes
 
     def take_up(self, folder: Path) -> None:
-        """Cuts the log back to the checkpoint: what came after it is made again."""
+        """Cuts the log back to the checkpoint: what came after it is made again.
+
+        ValueError where another process went on with the run since it was read.
+        """
+        if _log_size(folder) != self.size:
+            raise ValueError(f"{folder} went on in another process just now: see its `status`")
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in self.records]
         write_text(folder / "metrics.jsonl", "".join(lines))
 
@@ -44,7 +50,7 @@ class Resumed:
         other = [
             f"{key} {self.versions.get(key)} then, {now.get(key)} now"
             for key in keys
-            if key != "git" and now.get(key) != self.versions.get(key)
+            if not key.startswith("data.") and now.get(key) != self.versions.get(key)
         ]
         if other:
             notes.append(f"not on the same ground, the bits may differ: {'; '.join(other)}")
@@ -54,19 +60,22 @@ class Resumed:
 def find(folder: Path, config: Config | None = None) -> tuple[Config, Resumed]:
     """The config and the state of a stopped run; `config` is one that claims to be the same.
 
-    ValueError where the run has ended, another config is meant (with each difference), the file of
-    the user's own rule is not the one that it began with, or there is nothing whole to go on from.
+    ValueError where the run goes on in another process or has ended, another config is meant (with
+    each difference), a data file or the file of the user's own rule is another one now, or there is
+    nothing whole to go on from.
     """
     own = read_config(folder)
-    summary = folder / "summary.json"
-    if summary.is_file() and not read_json(summary)["interrupted"]:
+    check_free(folder)
+    if has_ended(folder):
         raise ValueError(f"{folder} has ended: there is nothing to resume")
     if config is not None:
         refuse_changes(folder, own, config)
+    versions = read_json(folder / "versions.json")
     refuse_other_rule(folder, own)
+    refuse_other_data(folder, own, versions)
     checkpoint: Checkpoint | None = None
     problems: list[str] = []
-    log = records(folder)
+    size, log = _log_size(folder), records(folder)
     check_heads(folder / LEDGERS, {})
     if any((folder / CHECKPOINTS).glob("round-*.ckpt")):
         checkpoint, problems = latest_checkpoint(folder / CHECKPOINTS)
@@ -81,7 +90,7 @@ def find(folder: Path, config: Config | None = None) -> tuple[Config, Resumed]:
         raise ValueError(f"{folder} has rounds in its log and no checkpoint to resume from")
     else:
         log = []
-    return own, Resumed(checkpoint, log, problems, read_json(folder / "versions.json"))
+    return own, Resumed(checkpoint, log, problems, versions, size)
 
 
 def refuse_changes(folder: Path, own: Config, other: Config) -> None:
@@ -116,6 +125,15 @@ def refuse_other_rule(folder: Path, own: Config) -> None:
         )
 
 
+def refuse_other_data(folder: Path, own: Config, versions: Mapping[str, Any]) -> None:
+    """ValueError that names every data file whose bytes are not those that the run began with."""
+    if changed := changed_data(own.data, versions):
+        raise ValueError(
+            f"{folder} was begun with other data: {'; '.join(changed)}: put back the file as it "
+            "was, or start a new run"
+        )
+
+
 def records(folder: Path) -> list[dict[str, Any]]:
     """The whole lines of metrics.jsonl in order; a last line that was cut off is left out."""
     path = folder / "metrics.jsonl"
@@ -129,3 +147,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
             break
         found.append(record)
     return found
+
+
+def _log_size(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.stat().st_size if path.is_file() else 0

@@ -20,10 +20,11 @@ from fedlora.modes import for_mode, merge_policy, steps
 from fedlora.privacy.ledger import LEDGERS
 from fedlora.privacy.plan import announce, merge_for
 from fedlora.privacy.reserve import check_payable
-from fedlora.recording import Job, Watch, recording, run_folder
+from fedlora.recording import Job, Watch, recording
+from fedlora.remarks import remarks
 from fedlora.resume import Resumed
 from fedlora.rules import Plan, get_rule
-from fedlora.runlog import check_new
+from fedlora.runlog import check_new, run_folder
 from fedlora.server import rehearse
 from fedlora.settings import round_size
 from fedlora.shelf import shelf
@@ -50,7 +51,8 @@ def prepare(config: Config, resumed: Resumed | None = None) -> Job:
     check_loaded(config, model, data)
     executed, pooled = for_mode(config, data)
     rows = {client: len(own) for client, own in pooled.rows.items()}
-    return Job(config, data, model, start, resumed, announce(executed, rows, start))
+    costs, known = announce(executed, rows, start), remarks(config, silos)
+    return Job(config, data, model, start, resumed, costs, known)
 
 
 def execute(job: Job, watch: Watch = lambda event, facts: None) -> Path:

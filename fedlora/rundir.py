@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.sources import evaluation_of
+
 Array: TypeAlias = NDArray[np.float64]
 
 EXACT = 1e-6  # a merge error below this is rounding of the float32 factors, not a loss
@@ -46,6 +48,16 @@ class Run:
         """The merge rule of a federated run, else the mode: `fra`, `central`, `local`."""
         rule = str(self.config["merge"]["rule"]).rpartition(".py:")[2]  # a file's rule: its name
         return rule if self.mode == "federated" else self.mode
+
+    @property
+    def evaluated_on(self) -> str:
+        """In words, what the scores are of: a shared set, or rows that clients held out."""
+        data = self.config.get("data")
+        if not data or evaluation_of(
+            data.get("train", ""), data.get("evaluate", ""), data.get("clients", {})
+        ):
+            return "the shared evaluation set"
+        return "the clients' held-out rows"
 
     @property
     def rule_text(self) -> str:

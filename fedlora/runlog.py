@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import secrets
+import shlex
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
@@ -17,12 +18,27 @@ from typing import Any
 
 from fedlora import __version__
 from fedlora.config import Config, load_config
-from fedlora.files import new_folder, write_bytes, write_text
+from fedlora.files import check_free, new_folder, write_bytes, write_text
 from fedlora.own_rules import rule_file
+from fedlora.sources import evaluation_of
 
+CHECKPOINTS = "checkpoints"
 RUN_ID = "run-id"  # the file of a run directory
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors")
 RULE_COPY = "rule.py"  # in a run's folder: the user's own rule that made the run
+
+
+def run_folder(config: Config) -> Path:
+    """Where a run goes: `run.out`, else runs/<name>; ValueError for a name that is a path."""
+    name = config.run.name
+    if config.run.out:
+        return Path(config.run.out)
+    if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
+        raise ValueError(
+            f"run.name = {name!r} is no name of a folder in runs: take one without a slash, or say "
+            "where the run goes with run.out = 'DIR'"
+        )
+    return Path("runs") / name
 
 
 def create_run(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
@@ -42,13 +58,27 @@ def create_run(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
 def check_new(folder: Path) -> None:
     """ValueError if the run directory exists: a run never writes over another."""
     if folder.exists():
-        raise ValueError(
-            f"run directory {folder} exists already and was not touched: choose another with "
-            "--set run.out=DIR or --set run.name=NAME, or remove it"
-        )
+        check_free(folder)
+        another = "choose another folder with --set run.out=DIR or --set run.name=NAME"
+        if (folder / "config.toml").is_file() and not has_ended(folder):
+            raise ValueError(f"{stopped_line(folder)}; for a new run {another}")
+        raise ValueError(f"run directory {folder} exists already and was not touched: {another}")
     there = next(parent for parent in folder.absolute().parents if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"run directory {folder} cannot be made: {there} takes no new folder")
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether the run came to its end; ValueError where its summary is damaged."""
+    summary = folder / "summary.json"
+    return summary.is_file() and not read_json(summary)["interrupted"]
+
+
+def stopped_line(folder: Path) -> str:
+    """After which round a run stopped, and the command that goes on with it."""
+    kept = [int(path.stem[6:]) for path in (folder / CHECKPOINTS).glob("round-*.ckpt")]
+    again = f"fedlora run --resume {shlex.quote(str(folder))}"
+    return f"{folder} stopped after round {max(kept, default=0)}: go on with `{again}`"
 
 
 def read_config(folder: Path) -> Config:
@@ -141,7 +171,7 @@ def _facts(config: Config, summary: Mapping[str, Any]) -> list[str]:
     )
     trained, frozen = summary["trainable_parameters"], summary["base_parameters"]
     facts = [
-        f"Evaluation on {final.get('examples', 0):,} examples: {scores or 'none'}.",
+        f"Evaluation on {final.get('examples', 0):,} {_evaluated(config)}: {scores or 'none'}.",
         f"Labels in the order of their ids: {', '.join(summary['labels'])}.",
         f"Trainable parameters: {trained:,} beside {frozen:,} frozen ones "
         f"({trained / frozen:.2%}).",
@@ -173,6 +203,13 @@ def _sizes(config: Config, summary: Mapping[str, Any]) -> str:
 def megabytes(count: int) -> str:
     """A byte count for people: MB are 10^6 bytes."""
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
+
+
+def _evaluated(config: Config) -> str:
+    """What the scores are of, in words."""
+    data = config.data
+    shared = evaluation_of(data.train, data.evaluate, data.clients)
+    return "examples" if shared else "held-out rows of the clients themselves (no set apart)"
 
 
 def _method(config: Config) -> str:

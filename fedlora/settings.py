@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fedlora.rules import Option
-
-NO_EVALUATION = "none"  # data.evaluate where no shared set is wanted
+from fedlora.sources import NO_EVALUATION as NO_EVALUATION
 
 
 def setting(
@@ -97,7 +96,8 @@ class DataSettings:
     """Texts, labels and the evaluation set."""
 
     train: str = setting(
-        "builtin:reviews", "file or hub name (glue/sst2) to partition over the clients"
+        "builtin:reviews",
+        "file (csv, tsv, jsonl, parquet) or hub name (glue/sst2) to partition over the clients",
     )
     clients: dict[str, str] = setting(
         {}, "one file per client instead: {hospital-a = 'a.csv', ...}"

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from fedlora.config import Config
 from fedlora.display import failure_text, round_line
+from fedlora.files import owner
 from fedlora.privacy.reserve import configured_clients, shortage
-from fedlora.resume import CHECKPOINTS, records
-from fedlora.runlog import read_config, read_json
+from fedlora.resume import records
+from fedlora.runlog import CHECKPOINTS, has_ended, read_config, read_json, stopped_line
 
 
 def status_lines(folder: Path) -> list[str]:
@@ -37,20 +38,30 @@ def status_lines(folder: Path) -> list[str]:
 
 
 def _stand(folder: Path, config: Config) -> str:
-    summary = folder / "summary.json"
-    if summary.is_file() and not read_json(summary)["interrupted"]:
+    """Ended, running or stopped, with what can be done."""
+    if has_ended(folder):
         return "ended"
     log = folder / "metrics.jsonl"
     since = time.time() - log.stat().st_mtime if log.is_file() else 0.0
     kept = sorted(path.stem for path in (folder / CHECKPOINTS).glob("round-*.ckpt"))
-    last = f"checkpoint {kept[-1]}" if kept else "no checkpoint yet"
-    stands = f"not ended, last sign {since:.0f} s ago, {last}; if nothing runs it any more"
+    newest = f"checkpoint {kept[-1]}" if kept else "no checkpoint yet"
+    last, keeper = f"last sign {since:.0f} s ago, {newest}", owner(folder)
+    if keeper:
+        return f"not ended, running now ({keeper}), {last}"
     done = int(kept[-1].rpartition("-")[2]) if kept else 0
+    then = _left(folder, config, done) or stopped_line(folder)
+    if keeper is None:  # no locks here: nobody can tell
+        return f"not ended, {last}; if nothing runs it any more: {then}"
+    return f"not ended, {last}; {then}"
+
+
+def _left(folder: Path, config: Config, done: int) -> str:
+    """Why a private run cannot go on after `done` rounds, and what there is; empty where it can."""
     clients = configured_clients(config, folder)
     reason = shortage(config, clients, folder, done + 1) if clients else ""
     if not reason:
-        return f"{stands}: fedlora run --resume {folder}"
+        return ""
     if (folder / "adapter").is_dir():
-        return f"{stands}, it cannot go on: {reason}; what there is is in {folder / 'adapter'}"
+        return f"it cannot go on: {reason}; what there is is in {folder / 'adapter'}"
     how = f"; fedlora run --resume {folder} would only save the result of round {done}"
-    return f"{stands}, it cannot go on: {reason}{how if done else ''}"
+    return f"it cannot go on: {reason}{how if done else ''}"

@@ -17,7 +17,9 @@ from typing import Any, TypeAlias
 
 from fedlora.config import Config, Flat, make_config
 from fedlora.data import read_silos
+from fedlora.digests import changed_data
 from fedlora.files import locked
+from fedlora.runlog import read_json
 from fedlora.sweep_plan import Sweep, Trial
 from fedlora.sweepdir import (
     Entry,
@@ -51,7 +53,8 @@ def run_sweep(
     on. Whatever interrupts a sweep, the same call goes on with it and loses at most a round of each
     run: an OSError or MemoryError in a run, and ChildProcessError where its process was killed,
     since these say nothing about its settings. ValueError, before anything runs, for bad data.
-    Events: `plan` with the number of trials, `ended` for each (`known`: it was there already).
+    Events: `plan` with the number of trials, `ended` for each (`known`: it was there already),
+    `warning` with a `text` where finished runs were made with other data than is there now.
     """
     arrow()
     check_data(sweep)
@@ -124,6 +127,8 @@ def _run_all(trials: Sequence[Trial], folder: Path, jobs: int, watch: Watch) -> 
     unique = list({trial.id: trial for trial in trials}.values())
     left = [trial for trial in unique if not is_finished(run_path(folder, trial.id))]
     outcomes = [Outcome(trial) for trial in unique if trial not in left]
+    if text := _other_data([outcome.trial for outcome in outcomes], folder):
+        watch("warning", {"text": text})
     for outcome in outcomes:
         watch("ended", {"trial": outcome.trial, "problem": "", "known": True})
     if not left:
@@ -152,6 +157,22 @@ def _run_all(trials: Sequence[Trial], folder: Path, jobs: int, watch: Watch) -> 
                 process.terminate()
             raise
     return outcomes
+
+
+def _other_data(trials: Sequence[Trial], folder: Path) -> str:
+    """A line on finished runs that were made with other data than is there now; else nothing."""
+    found: dict[str, str] = {}
+    for trial in trials:
+        known = read_json(run_path(folder, trial.id) / "versions.json")
+        if changed := changed_data(trial.config.data, known):
+            found[trial.id] = changed[0]
+    if not found:
+        return ""
+    first, what = next(iter(found.items()))
+    return (
+        f"{len(found)} of the finished runs were made with other data than is there now: {what}; "
+        f"to make them again remove their folders, such as {run_path(folder, first)}"
+    )
 
 
 def _leave_with(parent: int) -> None:

@@ -1,25 +1,20 @@
-"""Border to data on disk and on the hub: files and datasets in, checked rows of text and label out.
+"""Rows in, checked texts and labels out: which columns are meant, and what each label's number is.
 
-csv, tsv and jsonl are read with the standard library; parquet and hub names with `datasets`.
+Knows `rows` and the data settings; no partition and no tokenizer.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from fedlora import builtin
-from fedlora.config import LOCAL_ENDINGS
 from fedlora.hints import near
-from fedlora.settings import NO_EVALUATION, DataSettings
+from fedlora.rows import Row, Rows, place, read_rows
+from fedlora.settings import DataSettings
+from fedlora.sources import evaluation_of
 
-REVIEWS = "builtin:reviews"
-REVIEWS_TRAIN, REVIEWS_EVALUATE = 1500, 600  # rows of the built-in task
 TEXT_COLUMNS = (
     ("premise", "hypothesis"),
     ("sentence1", "sentence2"),
@@ -30,80 +25,94 @@ TEXT_COLUMNS = (
     ("review", ""),
 )
 LABEL_COLUMNS = ("label", "labels", "class", "sentiment")
-HUB_EVALUATION = {"glue/mnli": "validation_matched"}  # otherwise `validation`
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Checked rows: one text or a pair each, a label as text, and where they come from."""
+    """Checked rows: one text or a pair each, a label as text, and where they come from.
+
+    `members` are the tables that this one was joined of, in the order of its rows.
+    """
 
     source: str
     texts: list[str]
     pairs: list[str] | None
     labels: list[str]
     column: list[str] = field(default_factory=list)  # the natural client of each row, if asked for
+    lines: list[int] = field(default_factory=list)  # of the file, where it has lines
+    members: Sequence[Table] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def place(self, row: int) -> str:
+        """Where row number `row` (from 0) stands, for messages: its file and line."""
+        for member in self.members:
+            if row < len(member):
+                return member.place(row)
+            row -= len(member)
+        return place(self.source, self.lines, row)
 
 
 def read_table(source: str, settings: DataSettings, column: str = "") -> Table:
     """Reads a file, a hub dataset or the built-in task and picks the columns that are asked for.
 
-    ValueError names the file, the row and what was found, for anything that does not fit.
+    ValueError names the file, the line and what was found, for anything that does not fit.
     """
-    rows = _rows(source, settings.quoting)
-    if not rows:
-        raise ValueError(f"{source} has no rows")
-    text, pair = _text_columns(source, rows[0], settings)
-    label = _label_column(source, rows[0], settings)
+    found = _read(source, settings)
+    text, pair = _text_columns(source, found.rows[0], settings)
+    label = _label_column(source, found.rows[0], settings)
+    if label in (text, pair):
+        raise ValueError(
+            f"{source}: column {label!r} would be the text and its label too: set data.text and "
+            f"data.label to two of {', '.join(found.rows[0])}"
+        )
     if column:
-        _present(source, rows[0], column, "partition.column")
+        _present(source, found.rows[0], column, "partition.column")
     return Table(
         source,
-        _strings(source, rows, text),
-        _strings(source, rows, pair) if pair else None,
-        _strings(source, rows, label),
-        _strings(source, rows, column) if column else [],
+        _strings(found, text),
+        _strings(found, pair) if pair else None,
+        _strings(found, label),
+        _strings(found, column) if column else [],
+        found.lines,
     )
 
 
-def read_unlabelled(source: str, settings: DataSettings) -> tuple[list[str], list[str] | None]:
-    """The texts (and pairs) of a file whose labels are unknown, for prediction."""
-    rows = _rows(source, settings.quoting)
-    if not rows:
-        raise ValueError(f"{source} has no rows")
-    text, pair = _text_columns(source, rows[0], settings)
-    return _strings(source, rows, text), _strings(source, rows, pair) if pair else None
+def read_unlabelled(source: str, settings: DataSettings) -> tuple[Table, Mapping[str, list[str]]]:
+    """The texts (and pairs) of a file for prediction, labels empty; and its other columns as text.
+
+    In those a missing value is empty.
+    """
+    found = _read(source, settings)
+    text, pair = _text_columns(source, found.rows[0], settings)
+    others = dict.fromkeys(name for row in found.rows for name in row if name not in (text, pair))
+    table = Table(
+        source,
+        _strings(found, text),
+        _strings(found, pair) if pair else None,
+        [""] * len(found.rows),
+        lines=found.lines,
+    )
+    return table, {name: [_as_text(row.get(name, "")) for row in found.rows] for name in others}
 
 
 def evaluation_source(settings: DataSettings) -> str:
     """Where the shared evaluation set is: as configured, else the training set's own."""
-    if settings.evaluate == NO_EVALUATION:
-        return ""
-    if settings.evaluate or settings.clients:
-        return settings.evaluate
-    if settings.train == REVIEWS:
-        return f"{REVIEWS}:evaluate"
-    if not settings.train.lower().endswith(LOCAL_ENDINGS):
-        name = settings.train.partition(":")[0]
-        return f"{name}:{HUB_EVALUATION.get(name, 'validation')}"
-    return ""
+    return evaluation_of(settings.train, settings.evaluate, settings.clients)
 
 
 def label_ids(table: Table, labels: Sequence[str]) -> list[int]:
     """The id of each row's label in the central order.
 
-    ValueError for an unknown one, with its row.
+    ValueError for an unknown one, with its place.
     """
     ids = {label: index for index, label in enumerate(labels)}
-    for number, label in enumerate(table.labels, start=1):
+    for row, label in enumerate(table.labels):
         if label not in ids:
             hint = near(label, labels)
             raise ValueError(
-                f"{table.source}, row {number}: unknown label {label!r}{hint}; "
+                f"{table.place(row)}: unknown label {label!r}{hint}; "
                 f"data.labels are {', '.join(map(repr, labels))}"
             )
     return [ids[label] for label in table.labels]
@@ -114,122 +123,6 @@ def sorted_labels(labels: Iterable[str]) -> list[str]:
     distinct = set(labels)
     numbers = all(re.fullmatch(r"-?[0-9]+", label) for label in distinct)
     return sorted(distinct, key=lambda label: (int(label) if numbers else 0, label))
-
-
-# ---------------------------------------------------------------- where rows come from
-
-
-def _rows(source: str, quoting: str) -> list[Row]:
-    if source.partition(":")[0] == "builtin":
-        return _builtin_rows(source)
-    ending = Path(source).suffix.lower()
-    if ending not in LOCAL_ENDINGS:
-        return _hub_rows(source)
-    if not Path(source).is_file():
-        raise ValueError(f"there is no file {source}")
-    readers: dict[str, Callable[[str, str], list[Row]]] = {
-        ".csv": _separated_rows,
-        ".tsv": _separated_rows,
-        ".jsonl": _json_rows,
-        ".json": _json_rows,
-        ".parquet": _parquet_rows,
-    }
-    try:
-        return readers[ending](source, quoting)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8 text: {error}") from error
-
-
-def _builtin_rows(source: str) -> list[Row]:
-    if source == REVIEWS:
-        return [dict(row) for row in builtin.reviews("train", REVIEWS_TRAIN)]
-    if source == f"{REVIEWS}:evaluate":
-        return [dict(row) for row in builtin.reviews("evaluate", REVIEWS_EVALUATE)]
-    raise ValueError(f"unknown built-in data {source!r}; there is {REVIEWS!r}")
-
-
-def _separated_rows(source: str, quoting: str) -> list[Row]:
-    """csv with quotes, tsv without (GLUE's tsv holds bare quotes), unless configured."""
-    tabs = source.lower().endswith(".tsv")
-    bare = quoting == "none" or (quoting == "auto" and tabs)
-    with open(source, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(
-            file,
-            delimiter="\t" if tabs else ",",
-            quoting=csv.QUOTE_NONE if bare else csv.QUOTE_MINIMAL,
-            strict=not bare,
-        )
-        try:
-            header = next(reader, None)
-            if header is None:
-                raise ValueError(f"{source} is empty")
-            if twice := [name for name in header if header.count(name) > 1]:
-                raise ValueError(f"{source} has two columns called {twice[0]!r}: rename one")
-            rows = []
-            for values in filter(None, reader):  # without empty lines
-                if len(values) != len(header):
-                    raise ValueError(
-                        f"{source}, line {reader.line_num}: {len(values)} columns where the header "
-                        f"has {len(header)}; if quotes matter, set data.quoting to none or quoted"
-                    )
-                rows.append(dict(zip(header, values, strict=True)))
-        except csv.Error as error:
-            raise ValueError(
-                f"{source}, line {reader.line_num}: {error}; try data.quoting = 'none'"
-            ) from error
-    return rows
-
-
-def _json_rows(source: str, quoting: str) -> list[Row]:
-    rows: list[Row] = []
-    with open(source, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{source}, line {number}: not JSON: {error.msg}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{source}, line {number}: expected one JSON object a line")
-            rows.append(row)
-    return rows
-
-
-def _parquet_rows(source: str, quoting: str) -> list[Row]:
-    return _from_datasets(source, "parquet", data_files=source, split="train")
-
-
-def _hub_rows(source: str) -> list[Row]:
-    """`name`, `name:split` or `glue/task:split`; a local dataset folder works like a hub name."""
-    name, _, split = source.partition(":")
-    parts = ["nyu-mll/glue", name.removeprefix("glue/")] if name.startswith("glue/") else [name]
-    return _from_datasets(source, *parts, split=split or "train")
-
-
-def _from_datasets(source: str, *parts: str, **options: Any) -> list[Row]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"{source} is read with a package that is not installed: pip install 'fedlora[data]'"
-        ) from error
-    datasets.disable_progress_bars()
-    try:
-        loaded = datasets.load_dataset(*parts, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"cannot load {source}: {reason}") from error
-    names = {
-        column: feature.names
-        for column, feature in loaded.features.items()
-        if isinstance(feature, datasets.ClassLabel)
-    }
-    rows: list[Row] = loaded.to_list()
-    for row in rows:
-        for column, known in names.items():
-            row[column] = known[row[column]] if row[column] >= 0 else None
-    return rows
 
 
 # ---------------------------------------------------------------- which columns are meant
@@ -248,6 +141,10 @@ def _text_columns(source: str, row: Row, settings: DataSettings) -> tuple[str, s
         if column:
             _present(source, row, column, setting)
     if settings.text:
+        if settings.text == settings.pair:
+            raise ValueError(
+                f"data.text and data.pair are both {settings.text!r}: name two columns"
+            )
         return settings.text, settings.pair
     for text, pair in TEXT_COLUMNS:
         if text in row and (not pair or pair in row):
@@ -269,11 +166,22 @@ def _label_column(source: str, row: Row, settings: DataSettings) -> str:
     )
 
 
-def _strings(source: str, rows: Sequence[Row], column: str) -> list[str]:
-    values = []
-    for number, row in enumerate(rows, start=1):
-        value = row.get(column)
-        if value is None:
-            raise ValueError(f"{source}, row {number}: no value in column {column!r}")
-        values.append(value if isinstance(value, str) else json.dumps(value, default=str))
-    return values
+def _read(source: str, settings: DataSettings) -> Rows:
+    found = read_rows(source, settings.quoting)
+    if not found.rows:
+        raise ValueError(f"{source} has no rows")
+    return found
+
+
+def _strings(found: Rows, column: str) -> list[str]:
+    for row, values in enumerate(found.rows):
+        if values.get(column) is None:
+            raise ValueError(f"{found.place(row)}: no value in column {column!r}")
+    return [_as_text(values[column]) for values in found.rows]
+
+
+def _as_text(value: object) -> str:
+    """A text as it is, no value as nothing, all else as JSON."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -153,8 +153,9 @@ MUTANTS = [Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "a participation of 150 %", "config"),
     ("bound-let-in", "config.py", "value <= above", "value < above", "lr = 0 trains nothing",
      "config"),
-    ("paths-from-here", "config.py", "str((folder / value).resolve())",
-     "str(Path(value).resolve())", "a config works from its own folder only", "config"),
+    ("paths-from-here", "sources.py",
+     "return str((folder / Path(name).expanduser()).resolve()) if",
+     "return str(Path(name).resolve()) if", "a config works from its own folder only", "config"),
 ]]
 # fmt: on
 

@@ -166,7 +166,7 @@ def test_a_head_that_knows_the_labels_in_another_order_is_refused(
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     message = refused(tmp_path / "nosuch")
     assert f"model.name = {str(tmp_path / 'nosuch')!r}" in message
-    assert "could not be loaded" in message
+    assert f"there is no folder {tmp_path / 'nosuch'}" in message
 
 
 def test_weights_in_a_pickle_are_refused(tiny: Tiny, tmp_path: Path) -> None:

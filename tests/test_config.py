@@ -197,6 +197,18 @@ def test_paths_in_a_file_are_meant_from_its_folder_and_in_overrides_from_where_o
     config = load_config(path, ["data.train=train.csv", "data.clients.b=b.csv"])
     there = str(tmp_path / "elsewhere" / "b.csv")
     assert config.data.train == str(tmp_path / "elsewhere" / "train.csv")
+    config = load_config(path, ["data.train=notes.xlsx", "model.name=../base"])
+    assert config.data.train == str(tmp_path / "elsewhere" / "notes.xlsx")
+    assert config.model.name == str(tmp_path / "base")
+    (tmp_path / "notes").touch()  # no ending, and there
+    path.write_text("[data]\ntrain = 'notes'\nevaluate = 'base/dev'\n[model]\nname = './none'\n")
+    config = load_config(path)
+    assert config.data.train == str(tmp_path / "notes")
+    assert config.data.evaluate == str(tmp_path / "base" / "dev")
+    assert config.model.name == str(tmp_path / "none")
+    config = load_config(path, ["data.train=train.csv", "data.clients.b=b.csv"])
+    path.write_text("[data]\nclients = {a = 'a.jsonl'}\n")
+    config = load_config(path, ["data.train=train.csv", "data.clients.b=b.csv"])
     assert config.data.clients == {"a": str(tmp_path / "a.jsonl"), "b": there}
 
 
@@ -244,7 +256,9 @@ def test_hub_names_builtins_and_absolute_paths_stay_as_they_are(name: str, write
         ("model.targets", 3, r"model\.targets = 3 is not a list"),
         ("model.targets", "[q_proj", r"model\.targets = '\[q_proj' is not a list"),
         ("data.clients", "a.csv", r"data\.clients = 'a\.csv' is not a table"),
-        ("data.clients", {"a": 1}, r"data\.clients = \{'a': 1\} is not a table"),
+        ("data.clients", {"a": 1}, r"data\.clients\.a = 1 is not a text in quotes"),
+        ("data.labels", ["x", "y", "x"], r"data\.labels lists 'x' twice"),
+        ("run.device", "gpu", r"did you mean 'cuda'\?"),
         ("merge.rule", "fedvag", r"merge\.rule: unknown rule 'fedvag'; did you mean 'fedavg'\?"),
         ("merge.options.guage", "balanced", r"no option 'guage'; did you mean 'gauge'\?"),
         ("merge.options.gauge", "ortho", r"'ortho', expected one of 'balanced', 'orthonormal'"),

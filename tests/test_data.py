@@ -95,13 +95,24 @@ def test_files_of_clients_need_the_labels_and_are_told_which_were_found(
     assert 'labels = ["x", "y", "z"]' in message
 
 
-def test_an_unknown_label_names_the_clients_file_and_its_row(
+def test_an_unknown_label_names_the_clients_file_and_its_line(
     files: Callable[..., dict[str, str]],
 ) -> None:
     clients = files(a=["neg", "pos"], b=["neg", "pos", "Pos"])
     message = refusal("", data__clients=clients, data__labels=["neg", "pos"])
-    assert f"{clients['b']}, row 3: unknown label 'Pos'; did you mean 'pos'?" in message
+    assert f"{clients['b']}, line 4: unknown label 'Pos'; did you mean 'pos'?" in message
     assert clients["a"] not in message
+
+
+def test_a_text_without_a_token_is_named_in_its_own_clients_file(
+    files: Callable[..., dict[str, str]],
+) -> None:
+    """Not in the table of all clients' rows."""
+    clients = files(a=["x", "y"], b=["x", "y", "x"])
+    silos = silos_of("", data__clients=clients, data__labels=["x", "y"])
+    assert [silos.table.place(row) for row in (1, 2, 4)] == [
+        f"{clients['a']}, line 3", f"{clients['b']}, line 2", f"{clients['b']}, line 4"
+    ]  # fmt: skip
 
 
 def test_clients_with_pairs_and_without_do_not_mix(tmp_path: Path) -> None:
@@ -116,7 +127,49 @@ def test_clients_with_pairs_and_without_do_not_mix(tmp_path: Path) -> None:
 
 def test_a_label_listed_twice_is_refused(train: Path) -> None:
     """Its id would be that of either place, and the model would have a label that nothing has."""
-    assert "'neg'" in refusal(train, data__labels=["neg", "pos", "neg"])
+    assert "'neg' twice" in refusal(train, data__labels=["neg", "pos", "neg"])
+
+
+def test_a_label_listed_twice_is_told_before_one_that_is_missing(
+    files: Callable[..., dict[str, str]],
+) -> None:
+    """`urgent` is missing because `routine` was written twice."""
+    clients = files(a=["routine", "urgent"], b=["urgent", "routine"])
+    message = refusal("", data__clients=clients, data__labels=["routine", "routine"])
+    assert "data.labels lists 'routine' twice" in message
+
+
+# ---------------------------------------------------------------- private rows stay private
+
+
+def test_a_file_in_two_places_is_refused(
+    train: Path, files: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    """A client's own rows would count as a public evaluation set, or twice."""
+    clients = files(a=["x", "y"], b=["y", "x"])
+    labels = {"data__labels": ["x", "y"]}
+    (tmp_path / "link.csv").symlink_to(clients["a"])
+    for other in (clients["a"], str(tmp_path / "link.csv"), f"{tmp_path}/./a.csv"):
+        message = refusal("", data__clients=clients, data__evaluate=other, **labels)
+        assert f"data.evaluate = {other!r} is data.clients.a too" in message
+        assert "held-out rows are scored" in message
+        message = refusal("", data__clients=clients | {"c": other}, **labels)
+        assert f"data.clients.a and data.clients.c are both {other!r}" in message
+    message = refusal(train, data__evaluate=str(train))
+    assert f"data.evaluate = {str(train)!r} is data.train too" in message
+    assert "is data.train too" in refusal("builtin:reviews", data__evaluate="builtin:reviews")
+    assert "is data.train too" in refusal("glue/sst2", data__evaluate="glue/sst2:train")
+    assert silos_of(train, data__clients=clients, data__evaluate=str(train), **labels | {
+        "data__labels": ["x", "y", "neg", "pos"]}).evaluation is not None  # fmt: skip
+
+
+def test_a_client_whose_own_file_has_one_label_is_told_which_file(
+    files: Callable[..., dict[str, str]],
+) -> None:
+    clients = files(a=["x", "x"], b=["y", "x"])
+    message = refusal("", data__clients=clients, data__labels=["x", "y"])
+    assert f"{clients['a']} (client a) holds the single label 'x'" in message
+    assert "change the partition" not in message
 
 
 # ---------------------------------------------------------------- one file for all
@@ -192,8 +245,8 @@ def test_a_client_whose_name_is_a_path_is_refused(
     files: Callable[..., dict[str, str]], name: str
 ) -> None:
     """Its adapter would be written outside the run directory."""
-    file = files(a=["x", "y"])["a"]
-    clients = {"plain": file, name: file}
+    own = files(a=["x", "y"], b=["x", "y"])
+    clients = {"plain": own["a"], name: own["b"]}
     assert repr(name) in refusal("", data__clients=clients, data__labels=["x", "y"])
 
 
@@ -335,7 +388,7 @@ def test_a_set_evaluation_file_evaluates_with_the_central_ids(train: Path, tmp_p
 
 def test_an_evaluation_set_with_another_label_is_refused(train: Path, tmp_path: Path) -> None:
     file = write_csv(tmp_path / "dev.csv", [["warm", "pos"], ["cold", "ngea"]])
-    assert "dev.csv, row 2: unknown label 'ngea'" in refusal(train, data__evaluate=str(file))
+    assert "dev.csv, line 3: unknown label 'ngea'" in refusal(train, data__evaluate=str(file))
 
 
 def test_an_evaluation_set_of_pairs_does_not_fit_single_texts(train: Path, tmp_path: Path) -> None:

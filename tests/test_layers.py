@@ -20,11 +20,13 @@ HEAVY = (
 
 # Each may import the ones before it; rules may not import each other.
 ORDER = (
-    "hints", "seeding", "partition", "adapter", "routes", "budget", "krylov", "lowrank", "answers",
+    "hints", "sources", "seeding", "partition", "adapter", "routes", "budget", "krylov", "lowrank",
+    "answers",
     "rules", "robust", "policy", "settings", "config", "server", "rounds", "simulation",
 )  # fmt: skip
 LIBRARIES = {
     "hints": set(),
+    "sources": set(),
     "seeding": {"numpy", "torch"},
     "partition": {"numpy"},
     "settings": set(),

@@ -355,3 +355,26 @@ def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):
     assert "| a | federated/fra |" in markdown([run])
     with pytest.raises(ImportError, match=r"pip install 'fedlora\[report\]'"):
         draw_run(run)
+
+
+def test_the_figure_says_what_the_scores_are_of(tmp_path):
+    """Rows that the clients held out are no shared set: nobody else could score the same ones."""
+    shared, own = make_run(tmp_path / "a", summary=SUMMARY), make_run(tmp_path / "b")
+    tables = {shared: 'evaluate = "dev.csv"', own: 'evaluate = ""'}
+    for run, text in tables.items():
+        config = run / "config.toml"
+        config.write_text(f'{config.read_text()}[data]\ntrain = "a.csv"\n{text}\nclients = {{}}\n')
+    assert "Accuracy on the shared evaluation set" in words(draw_run(read_run(shared)))
+    assert "Accuracy on the clients' held-out rows" in words(draw_run(read_run(own)))
+    two = words(draw_comparison([read_run(own), read_run(own)]))
+    assert "Accuracy on the clients' held-out rows\n" in two
+    both = "Accuracy on the shared evaluation set, or on the clients' held-out rows"
+    assert both in words(draw_comparison([read_run(own), read_run(shared)]))
+
+
+def test_a_tick_is_printed_as_it_is(tmp_path):
+    """42.5 % is not 43 %."""
+    figure = draw_run(read_run(make_run(tmp_path / "a", log([0.4, 0.42, 0.45, 0.44], {}))))
+    written = figure.axes[0].yaxis.get_major_formatter()
+    ticks = {0.425: "42.5%", 0.4: "40%", 0.57: "57%", 1.0: "100%", 0.0: "0%"}
+    assert {value: written(value, 0) for value in ticks} == ticks

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bench import Place, adapter_bytes, records, summary
+from tiny import toy_rows, write_csv
 
+from fedlora.files import locked
 from fedlora.own_rules import import_rule
 from fedlora.resume import find
 from fedlora.run import execute, prepare
@@ -136,6 +141,34 @@ def test_without_a_whole_checkpoint_a_run_is_refused_and_untouched(place: Place)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_a_changed_data_file_is_refused_by_name(place: Place) -> None:
+    """The promise is the same bytes: other rows would give others, with nothing said."""
+    folder = stopped_after(place, "stopped", 1)
+    written = json.loads((folder / "versions.json").read_text())
+    for file, key, rows in ((place.train, "data.train", 48), (place.dev, "data.evaluate", 20)):
+        assert written[key] == f"sha256 {sha256(file.read_bytes()).hexdigest()}, {rows} rows"
+    for file, key, rows in ((place.train, "data.train", 48), (place.dev, "data.evaluate", 20)):
+        kept = file.read_bytes()
+        for changed in (kept + b"good,pos\n", b""):
+            file.write_bytes(changed) if changed else file.unlink()
+            with pytest.raises(ValueError, match="begun with other data") as caught:
+                find(folder)
+            assert f"{file} ({key})" in str(caught.value)
+            assert f"{rows} rows then" in str(caught.value)
+            file.write_bytes(kept)
+    now = {key: value for key, value in written.items() if not key.startswith("data.")}
+    assert find(folder)[1].notes(now) == ["resumed after round 1"]
+
+
+def test_a_clients_changed_file_is_refused_by_name(place: Place, tmp_path: Path) -> None:
+    clients = {name: str(write_csv(tmp_path / f"{name}.csv", toy_rows(16))) for name in "ab"}
+    folder = stopped_after(place, "stopped", 1, data__clients=clients, data__labels=["neg", "pos"])
+    Path(clients["b"]).write_text(Path(clients["b"]).read_text().replace("good", "bad"))
+    with pytest.raises(ValueError, match=r"b\.csv \(data\.clients\.b\) .* 16 rows then") as caught:
+        find(folder)
+    assert "a.csv" not in str(caught.value)
+
+
 def test_a_changed_config_is_refused_with_each_difference(place: Place) -> None:
     folder = stopped_after(place, "stopped", 1)
     with pytest.raises(
@@ -186,3 +219,43 @@ def test_a_run_goes_on_with_the_rule_file_that_it_began_with_alone(
 def test_a_run_that_has_ended_is_not_resumed(place: Place) -> None:
     with pytest.raises(ValueError, match="has ended: there is nothing to resume"):
         find(place.run("whole"))
+
+
+def test_a_run_that_another_process_is_at_is_not_resumed(place: Place) -> None:
+    """Two that append to one log damage it, whichever of them began the run."""
+    folder = stopped_after(place, "stopped", 2, run__rounds=4)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    config, state = find(folder)
+    job = prepare(config, state)
+    with locked(folder):
+        with pytest.raises(ValueError, match=rf"in use by another process \(process {os.getpid()}"):
+            find(folder)
+        with pytest.raises(ValueError, match="in use by another process"):
+            execute(job)
+        with pytest.raises(ValueError, match="in use by another process"):
+            place.job("stopped")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_went_on_since_it_was_read_is_not_cut_back(place: Place) -> None:
+    folder = stopped_after(place, "stopped", 1, run__rounds=4)
+    late = prepare(*find(folder))
+    resumed(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="went on in another process"):
+        execute(late)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_stopped_says_how_it_goes_on_where_it_would_be_begun_anew(place: Place) -> None:
+    """Its ledger counts what its data have spent: nobody is told to remove it."""
+    folder = stopped_after(place, "stopped", 2, run__rounds=4)
+    with pytest.raises(
+        ValueError, match=rf"stopped after round 2: go on with `fedlora run --resume {folder}`"
+    ) as caught:
+        place.job("stopped", run__rounds=4)
+    assert "remove" not in str(caught.value)
+    resumed(folder)
+    with pytest.raises(ValueError, match="exists already and was not touched") as caught:
+        place.job("stopped")
+    assert "remove" not in str(caught.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from bench import Place, records, summary
 from tiny import LABELS, toy_rows, write_csv
 
+from fedlora import __version__
 from fedlora.cli import main
 from fedlora.runlog import read_config
 
@@ -132,9 +134,10 @@ def test_an_interrupt_from_the_keyboard_leaves_a_readable_run(cli: Cli) -> None:
     finally:
         process.kill()
     assert process.returncode == 130
-    assert err.startswith("fedlora: interrupted")
-    assert len(err.splitlines()) == 1
     folder = place.folder / "run"
+    assert err.startswith(f"fedlora: interrupted; {folder} stopped after round ")
+    assert err.endswith(f"go on with `fedlora run --resume {folder}`\n")
+    assert len(err.splitlines()) == 1
     assert summary(folder)["interrupted"] is True
     assert summary(folder)["rounds"] == records(folder)[-1]["round"] >= 2
     for said in (cli("report", folder), cli("evaluate", folder, place.dev)):
@@ -153,12 +156,18 @@ MISTAKES = [
     ("noequals", "has no '='"),
     ("data.train=nosuch.csv", "nosuch.csv"),
     ("data.text=txet", "did you mean 'text'?"),
-    ('data.labels=["neg", "psoitive"]', "row 2: unknown label 'pos'"),
+    ('data.labels=["neg", "psoitive"]', "line 3: unknown label 'pos'"),
     ("data.evaluate=header.csv", "header.csv has no rows"),
     ("data.holdout=0", "run.save_best needs data.holdout"),
     ("partition.by=column", "partition.by = 'column' needs partition.column"),
     ("partition.clients=60", "would hold no rows"),
-    ("model.name=/no/such/model", "could not be loaded"),
+    ("model.name=/no/such/model", "there is no folder /no/such/model"),
+    ("model.name=./models/x", "models/x"),
+    ("model.name=builtin:mini", "did you mean 'builtin:minilm'?"),
+    ("data.train=patients.xlsx", "the endings read are csv, tsv, jsonl, json, parquet"),
+    ("data.train=.", "is a folder: name one file, or one for each client"),
+    ("data.text=label", "would be the text and its label too"),
+    ("run.device=gpu", "did you mean 'cuda'?"),
     ("model.targets=quary", "did you mean 'query'?"),
     ("model.rank=99", "take at most 32"),
     ("model.pad_token=<nope>", "is not in the vocabulary"),
@@ -194,6 +203,35 @@ def test_a_run_directory_is_never_written_over(cli: Cli) -> None:
     assert [file.name for file in folder.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
+def test_a_run_directory_that_is_there_is_refused_before_anything_is_loaded(cli: Cli) -> None:
+    """Not after the seconds that transformers and a base model take."""
+    (cli.place.folder / "run").mkdir()
+    lines = [
+        "import sys",
+        "from fedlora.cli import _loaded, _run",
+        "from pathlib import Path",
+        f"config = _loaded(Path({str(cli.file)!r}), [])",
+        "try:\n    _run(config)\nexcept ValueError as error:\n    print(error)",
+        "print('transformers' in sys.modules)",
+    ]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "exists already and was not touched" in done.stdout
+    assert done.stdout.endswith("False\n")
+
+
+@pytest.mark.parametrize("name", ["a/b", "../up", "/tmp/x", "..", ""])
+def test_a_runs_name_that_is_a_path_is_refused(cli: Cli, name: str) -> None:
+    """It would write outside runs/."""
+    text = cli.file.read_text().replace(f'out = "{cli.place.folder}/run"', 'out = ""')
+    cli.file.write_text(text)
+    said = cli.run(f"run.name={name}")
+    assert said.code == 2
+    assert f"run.name = {name!r}" in said.err
+    assert "run.out" in said.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -202,7 +240,7 @@ def test_a_run_directory_is_never_written_over(cli: Cli) -> None:
         (["run", "section.toml"], "unknown section 'modle'; did you mean 'model'?"),
         (["evaluate", "nosuch", "dev.csv"], "nosuch is not a run directory"),
         (["evaluate", "{run}", "nosuch.csv"], "nosuch.csv"),
-        (["evaluate", "{run}", "other.csv"], "row 1: unknown label 'poss'; did you mean 'pos'?"),
+        (["evaluate", "{run}", "other.csv"], "line 2: unknown label 'poss'; did you mean 'pos'?"),
         (["evaluate", "{run}", "dev.csv", "--client", "0"], "it has one for all"),
         (["evaluate", "{own}", "dev.csv"], "choose one of 0, 1, 2 with --client"),
         (["evaluate", "{own}", "dev.csv", "--client", "7"], "no adapter of client '7'"),
@@ -269,6 +307,50 @@ def test_predictions_are_one_row_a_text_and_agree_with_the_scores(cli: Cli, fini
     assert list(csv.DictReader(io.StringIO(Path("answers.csv").read_text()))) == told
 
 
+def test_predictions_keep_the_files_other_columns(cli: Cli, finished: Path) -> None:
+    """Else the rows' ids are lost; what is called as one of ours gets another name."""
+    rows = [(f"id-{n}", text, label, n) for n, (text, label) in enumerate(toy_rows(5, seed=9))]
+    file = write_csv(cli.place.folder / "new.csv", rows, ["id", "text", "label", "note, long"])
+    told = list(csv.DictReader(io.StringIO(cli("predict", finished, file).out)))
+    names = ["text", "label", "p(bad)", "p(nice)", "id", "input label", "note, long"]
+    assert list(told[0]) == names
+    for row, (id, text, label, note) in zip(told, rows, strict=True):
+        kept = (row["id"], row["text"], row["input label"], row["note, long"])
+        assert kept == (id, text, label, str(note))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "{run}", "nosuch.csv"],
+        ["evaluate", "{run}", "other.csv"],
+        ["predict", "{run}", "nosuch.csv"],
+        ["predict", "{run}", "other.csv", "-o", "other.csv"],
+        ["predict", "{run}", "other.csv", "-o", "no/such/folder.csv"],
+        ["predict", "{cut}", "other.csv"],
+    ],
+    ids=" ".join,
+)
+def test_mistakes_about_files_are_found_before_a_model_is_loaded(
+    cli: Cli, finished: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_csv(cli.place.folder / "other.csv", [["good", "poss"]])
+    cut = cli.place.folder / "cut"
+    shutil.copytree(finished, cut)
+    shutil.rmtree(cut / "adapter")
+    (cut / "summary.json").unlink()
+
+    def loads(*anything: object) -> None:
+        raise RuntimeError("a model is loaded")
+
+    monkeypatch.setattr("fedlora.predictor.configured_model", loads)
+    said = cli(*(argument.format(run=finished, cut=cut) for argument in arguments))
+    assert (said.code, said.out) == (2, "")
+    if arguments[1] == "{cut}":
+        assert f"{cut} has no adapter yet" in said.err
+        assert f"go on with `fedlora run --resume {cut}`" in said.err
+
+
 def test_each_clients_own_adapter_can_be_asked(cli: Cli, finished: Path) -> None:
     own, dev = finished.parent / "own", finished.parent / "dev.csv"
     last = records(own)[-1]["clients"]
@@ -285,7 +367,27 @@ def test_a_partition_is_shown_before_anything_is_trained(cli: Cli) -> None:
     assert ["0", "12", "12", "24"] in lines
     assert ["1", "12", "12", "24"] in lines
     assert "48 of 48 rows" in said.out
+    assert "few rows" not in said.out
     assert not (cli.place.folder / "run").exists()
+    said = cli("partition", cli.file, "--set", "partition.clients=6", "--set", "data.evaluate=")
+    assert "few rows: 0 trains on 6, " in said.out
+    assert "on the clients' own held-out rows, 12 in all" in said.out
+
+
+def test_a_run_says_what_is_odd_about_its_data(cli: Cli) -> None:
+    """In lines of its own at the start, and in the card and the figure what the scores are of."""
+    said = cli.run("partition.clients=4", "data.evaluate=", "run.rounds=1")
+    assert said.code == 0
+    lines = said.out.splitlines()
+    assert lines[1] == "few rows: " + ", ".join(f"{client} trains on 8" for client in range(4))
+    assert "on the clients' own held-out rows, 16 in all" in lines[2]
+    card = (cli.place.folder / "run" / "adapter" / "README.md").read_text()
+    assert "Evaluation on 16 held-out rows of the clients themselves (no set apart)" in card
+
+
+def test_the_version_is_told(cli: Cli) -> None:
+    said = cli("--version")
+    assert (said.code, said.out) == (0, f"fedlora {__version__}\n")
 
 
 def test_a_report_of_several_runs_is_written_where_asked(cli: Cli, finished: Path) -> None:

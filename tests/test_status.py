@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from bench import Place
 
+from fedlora.files import locked
 from fedlora.run import execute
 from fedlora.status import status_lines
 
@@ -44,6 +46,28 @@ def test_a_run_that_stopped_says_by_what_and_how_it_goes_on(place: Place) -> Non
     assert "round 2 of 4" in text
     assert "stopped by: round 3: 0 of 3 clients" in text
     assert "lower client.lr" in text
+
+
+def test_a_run_that_goes_on_is_told_from_one_that_stopped(place: Place) -> None:
+    """By the lock that the process holds, not by a guess from when it last wrote."""
+    job, told = place.job(run__rounds=2), []
+
+    def watch(event: str, facts: Any) -> None:
+        if event == "round" and facts["round"] == 1:
+            told.append("\n".join(status_lines(job.folder)))
+        if event == "fit" and facts["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(job, watch)
+    assert f"running now (process {os.getpid()} on " in told[0]
+    assert "--resume" not in told[0]
+    after = "\n".join(status_lines(job.folder))
+    assert "running now" not in after
+    assert f"stopped after round 1: go on with `fedlora run --resume {job.folder}`" in after
+    assert "stopped by: Ctrl-C" in after
+    with locked(job.folder):
+        assert "running now" in status_lines(job.folder)[0]
 
 
 def test_failures_are_shown_with_their_reasons(place: Place) -> None:

@@ -124,6 +124,14 @@ def test_a_sweep_runs_what_is_missing_and_chooses_on_held_out_rows(
     assert again.returncode == 0
     assert "seed" not in again.stdout.split("accuracy")[0]  # no line of a run
     assert "2/2" in again.stdout
+    assert "other data" not in again.stdout
+
+    rows_file = tmp_path / "rows.csv"
+    rows_file.write_text(rows_file.read_text() + "good,pos\n")
+    changed = said(file, "--out", out)
+    assert changed.returncode == 0
+    assert "4 of the finished runs were made with other data than is there now" in changed.stdout
+    assert f"{rows_file} (data.train)" in changed.stdout
 
 
 def test_a_killed_worker_ends_the_sweep_and_no_choice_is_made_without_its_run(

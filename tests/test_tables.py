@@ -58,6 +58,7 @@ def test_quoting_can_be_set_against_the_ending(tmp_path: Path) -> None:
     assert read_table(tsv, DataSettings(quoting="quoted")).texts == ["a\tb"]
     bare = written(tmp_path, "a.csv", 'text,label\n"never closed,x\n')
     assert read_table(bare, DataSettings(quoting="none")).texts == ['"never closed']
+    assert "line 2" in refusal(bare)
     assert "data.quoting = 'none'" in refusal(bare)
 
 
@@ -99,7 +100,53 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path, name: str, tex
 def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path, name: str) -> None:
     latin = 'text,label\n{"text": "caf\u00e9"}\n'.encode("latin-1")
     latin = latin.partition(b"\n")[2] if name.endswith("l") else latin
-    assert "is not UTF-8 text" in refusal(written(tmp_path, name, latin))
+    message = refusal(written(tmp_path, name, latin))
+    line = 1 if name.endswith("l") else 2
+    assert f"line {line}: byte 0xe9 is not UTF-8 text: save the file as UTF-8" in message
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf16_is_called_by_its_name(tmp_path: Path, name: str, encoding: str) -> None:
+    """What Excel writes as `Unicode text`; `utf-16-be` has no mark at its beginning."""
+    text = 'text,label\n{"text": "caf\u00e9"}\n'.encode(encoding)
+    if encoding == "utf-16" or not name.endswith("l"):
+        assert "is UTF-16 text: save it as UTF-8" in refusal(written(tmp_path, name, text))
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", ";"), ("a.tsv", ",")]
+)
+def test_another_separator_is_seen_in_the_header(tmp_path: Path, name: str, mark: str) -> None:
+    """Excel writes semicolons into csv where the comma is the decimal mark."""
+    text = f'id{mark}text{mark}label\n1{mark}"a{mark} b, and c"{mark}x\n2{mark}d{mark}y\n'
+    table = read_table(written(tmp_path, name, text), DataSettings())
+    assert table.texts == [f"a{mark} b, and c", "d"]
+    assert table.labels == ["x", "y"]
+    short = written(tmp_path, name, text + f"3{mark}e\n")
+    said = {";": "semicolons", ",": "commas", "\t": "tabs"}[mark]
+    assert f"line 4: 2 columns where the header has 3, separated by {said}" in refusal(short)
+
+
+def test_a_header_that_has_the_usual_separator_or_several_others_is_taken_as_it_is(
+    tmp_path: Path,
+) -> None:
+    usual = written(tmp_path, "a.csv", "text;note,label\na;b,x\n")
+    assert read_table(usual, DataSettings(text="text;note")).texts == ["a;b"]
+    both = written(tmp_path, "b.csv", "text;\tlabel\na;\tx\n")
+    assert "Set data.text to one of text;\tlabel" in refusal(both)
+    one = written(tmp_path, "c.csv", "text\na; b\n")
+    assert read_unlabelled(one, DataSettings())[0].texts == ["a; b"]
+
+
+def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
+    """Counted with the header, empty lines and line breaks within a field; the first of a row."""
+    text = 'text,label\n\n"two\nlines",x\n"three\nmore\nlines",y\n\nd,z\n'
+    table = read_table(written(tmp_path, "a.csv", text), DataSettings())
+    assert [table.place(row).rpartition(" ")[2] for row in range(3)] == ["3", "5", "9"]
+    lines = written(tmp_path, "a.jsonl", '\n{"text": "a", "label": "x"}\n')
+    assert read_table(lines, DataSettings()).place(0) == f"{lines}, line 2"
+    assert read_table("builtin:reviews", DataSettings()).place(6) == "builtin:reviews, row 7"
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
@@ -142,13 +189,13 @@ def test_a_line_that_is_no_json_object_is_named(tmp_path: Path, line: str, words
 
 @pytest.mark.parametrize("missing", [{"text": None, "label": "x"}, {"label": "x"}])
 @pytest.mark.parametrize("column", ["text", "label"])
-def test_a_missing_value_is_named_with_its_row(
+def test_a_missing_value_is_named_with_its_line(
     tmp_path: Path, missing: dict[str, object], column: str
 ) -> None:
     gap = {{"text": "label", "label": "text"}[column] if k == "label" else column: v
            for k, v in missing.items()}  # fmt: skip
     file = write_lines(tmp_path / "a.jsonl", [{"text": "a", "label": "x"}, gap])
-    assert f"row 2: no value in column {column!r}" in refusal(file)
+    assert f"line 2: no value in column {column!r}" in refusal(file)
 
 
 def test_parquet_files_and_dataset_folders_are_read(tmp_path: Path) -> None:
@@ -243,8 +290,28 @@ def test_columns_of_unusual_names_have_to_be_set(tmp_path: Path) -> None:
 
 def test_texts_without_labels_are_read_for_prediction(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "a.csv", [["a", "b"]], ["premise", "hypothesis"])
-    assert read_unlabelled(str(file), DataSettings()) == (["a"], ["b"])
+    table, others = read_unlabelled(str(file), DataSettings())
+    assert (table.texts, table.pairs, table.labels, others) == (["a"], ["b"], [""], {})
     assert "label" in refusal(file)
+
+
+def test_what_stands_beside_the_texts_is_kept_for_prediction(tmp_path: Path) -> None:
+    rows = [{"id": 7, "text": "a"}, {"text": "b", "tags": ["x", "y"], "id": None}]
+    table, others = read_unlabelled(str(write_lines(tmp_path / "a.jsonl", rows)), DataSettings())
+    assert table.texts == ["a", "b"]
+    assert others == {"id": ["7", ""], "tags": ["", '["x", "y"]']}
+
+
+def test_a_text_that_is_its_own_label_is_refused(tmp_path: Path) -> None:
+    """It would be learnt perfectly, whether both were named or one of them was found."""
+    file = write_csv(tmp_path / "a.csv", [["a", "b", "x"]], ["text", "other", "label"])
+    for settings in ({"text": "label", "label": "label"}, {"text": "label"}, {"label": "text"},
+                     {"text": "text", "pair": "other", "label": "other"}):  # fmt: skip
+        message = refusal(file, **settings)
+        assert "would be the text and its label too" in message
+        assert "text, other, label" in message
+    with pytest.raises(ValueError, match=r"data\.text and data\.pair are both 'text'"):
+        read_table(str(file), DataSettings(text="text", pair="text"))
 
 
 # ---------------------------------------------------------------- labels
@@ -279,7 +346,7 @@ def test_an_unknown_label_is_named_with_file_row_and_the_near_one(tmp_path: Path
     with pytest.raises(ValueError, match="unknown label") as caught:
         label_ids(table, ["negative", "positive"])
     message = str(caught.value)
-    assert f"{file}, row 2: unknown label 'negativ'; did you mean 'negative'?" in message
+    assert f"{file}, line 3: unknown label 'negativ'; did you mean 'negative'?" in message
     assert "data.labels are 'negative', 'positive'" in message
 
 

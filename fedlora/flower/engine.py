@@ -23,8 +23,7 @@ from typing import Any
 from fedlora.config import Config
 from fedlora.data import read_silos
 from fedlora.flower.project import write_project
-from fedlora.recording import run_folder
-from fedlora.runlog import check_new
+from fedlora.runlog import check_new, run_folder
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",

@@ -30,7 +30,7 @@ from fedlora.model import Model, configured_model, read_adapter
 from fedlora.modes import merge_policy
 from fedlora.policy import cut_for
 from fedlora.privacy.ledger import LEDGERS, close_all
-from fedlora.recording import run_folder
+from fedlora.runlog import run_folder
 from fedlora.settings import DataSettings
 
 LIMITS = ("max-rounds", "min-examples", "rules", "base", "epsilon", "delta", "share-metrics")

@@ -22,10 +22,10 @@ from fedlora.flower.strategy import FedloraStrategy, Seen
 from fedlora.modes import GLOBAL
 from fedlora.privacy.ledger import LEDGERS
 from fedlora.privacy.plan import announce, merge_for
-from fedlora.recording import Job, recording, run_folder
+from fedlora.recording import Job, recording
 from fedlora.resume import Resumed, find
 from fedlora.rules import get_rule
-from fedlora.runlog import check_new, read_id
+from fedlora.runlog import check_new, read_id, run_folder
 from fedlora.server import rehearse
 from fedlora.settings import NO_EVALUATION
 from fedlora.tables import label_ids, read_table
