@@ -364,7 +364,7 @@ def test_the_server_learns_which_node_to_ask(
 
 def test_a_nodes_own_columns_win_over_the_servers(place: Place) -> None:
     rows = [
-        {"note": text, "text": SECRET, "class": label, "x": "1"} for text, label in toy_rows(20)
+        {"note": text, "text": SECRET, "class": label, "x": "film"} for text, label in toy_rows(20)
     ]
     file = write_lines(place.folder / "own.jsonl", rows)
     own = {"name": "north", "data": str(file), "text": "note", "label": "class"}

@@ -28,7 +28,7 @@ from fedlora.simulation import simulate
 
 pytest_plugins = ["tiny"]
 Tiny = Callable[[str], Path]
-FILES = {"config.toml", "versions.json", "metrics.jsonl", "summary.json", "adapter"}
+FILES = {"config.toml", "run-id", "versions.json", "metrics.jsonl", "summary.json", "adapter"}
 
 
 @pytest.fixture
