@@ -180,6 +180,8 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
     ("edited-rule-known", "sweep_plan.py", "json.dumps(flat, sort_keys=True) + self.code",
      "json.dumps(flat, sort_keys=True)", "a sweep takes the results of the rule before the edit",
      "sweep_plan"),
+    ("edited-while-it-runs", "sweep.py", "if rule_digest(rule) != code:", "if False:",
+     "a run's id is that of the code before the edit", "sweep_plan"),
     ("tuned-rules-without-code", "sweep_plan.py", "(*given, *tuned) if rule", "given if rule",
      "the same where the rule itself is tuned", "sweep_plan"),
     ("old-run-taken", "runlog.py", "if folder.exists():",

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from fedlora.config import Config, make_config
-from fedlora.own_rules import import_rule
+from fedlora.own_rules import import_rule, rule_digest
+from fedlora.sweep import _work
 from fedlora.sweep_plan import Sweep, Trial, load_sweep
 from fedlora.tables import evaluation_source
 
@@ -150,6 +151,18 @@ def test_an_edited_rule_file_is_another_run(tmp_path: Path, tuned: bool) -> None
     again = ids()
     assert again[0] == first[0]  # fra
     assert again[1] != first[1]
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_a_rule_file_that_is_edited_while_a_sweep_runs_ends_it(tmp_path: Path) -> None:
+    """An OSError: it says nothing about the settings that were to be tried."""
+    source = tmp_path / "swept.py"
+    source.write_text(OWN, encoding="utf-8")
+    code = rule_digest(f"{source}:swept")
+    source.write_text(f"{OWN}\n", encoding="utf-8")
+    with pytest.raises(OSError, match=r"swept\.py:swept' was changed meanwhile: start again"):
+        _work({"merge.rule": f"{source}:swept"}, str(tmp_path / "run"), 1, code)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_ids_of_registered_rules_are_those_of_their_settings_alone() -> None:
