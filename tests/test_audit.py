@@ -84,7 +84,8 @@ def server_game(noise: float, folder: Path) -> Callable[[bool], float]:
 
     def play(there: bool) -> float:
         clients = [*others, ClientResult("canary", canary, 1)] if there else others
-        (folder / "l").unlink(missing_ok=True)
+        for file in folder.glob("l*"):  # each game has a ledger of its own, with its head
+            file.unlink()
         state = run(get_rule("fra"), ServerState(start), clients, 1, PLAIN)
         return float((state.adapter.dense["h"].double() * along).sum())
 

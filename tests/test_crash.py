@@ -96,7 +96,7 @@ def test_on_a_full_disk_the_first_error_is_the_one_that_is_raised(
     """What is saved at the end cannot be written either; that is noted, and hides nothing."""
     job = whole[0].job("first-error", **SETTINGS)
     with (
-        failing_sync(errno.ENOSPC, 12),
+        failing_sync(errno.ENOSPC, 14),
         pytest.raises(OSError, match=r"checkpoints/round-000002\.ckpt: No space") as caught,
     ):
         execute(job)

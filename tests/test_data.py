@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -340,11 +341,12 @@ def test_what_is_held_out_under_privacy_is_about_the_share_and_the_seeds(tmp_pat
     assert drawn[0] == drawn[1] != drawn[2] != drawn[3]
     sizes = [held.total() for held in drawn]
     assert all(25 < size < 80 for size in sizes)  # 50 expected, with a deviation of 6
-    public = {"data__holdout": 0.0, "data__evaluate": str(tmp_path / "b.csv")}
+    other = shutil.copy(tmp_path / "b.csv", tmp_path / "c.csv")
+    public = {"data__holdout": 0.0, "data__evaluate": str(other)}
     nothing = placed(tmp_path, OWN, **PRIVATE, **public)
     assert nothing["held"].total() == 0
     both = data_of(
-        "", data__clients={name: str(tmp_path / "b.csv") for name in "ab"},
+        "", data__clients={"a": str(tmp_path / "b.csv"), "b": str(other)},
         data__labels=list(LABELS), **PRIVATE,
     )  # fmt: skip
     assert (both.heldout["a"] + 200).tolist() != both.heldout["b"].tolist()
