@@ -146,17 +146,19 @@ def _lock(path: Path, seconds: float) -> int | None:
     except ImportError:
         return None
     until = time.monotonic() + max(seconds, SOON)
-    while time.monotonic() < until:
+    while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                 return handle
         except BlockingIOError:
-            time.sleep(SOON / 5)
+            pass
         except OSError:
             os.close(handle)
             return None
         os.close(handle)
-    check_free(path.parent)
-    raise ValueError(f"{path.parent} is in use by another process: wait for it")
+        if time.monotonic() >= until:  # asked last: a process that was held up has tried, too
+            check_free(path.parent)
+            raise ValueError(f"{path.parent} is in use by another process: wait for it")
+        time.sleep(SOON / 5)
