@@ -38,7 +38,7 @@ POINTS = [
     "start:1", "evaluate:1", "round:1", "fit:1", "fit:5", "fitted:1", "fitted:6", "evaluate:2",
     "round:2", "fsync:2", "fsync:4", "fsync:5", "fsync:6", "half:1", "half:2", "fsync:9",
     "fsync:11", "replace:1", "replace:3", "replace:4", "replaced:3", "replaced:4", "mkdtemp:1",
-    "rename:1", "mkdtemp:2", "rename:2",
+    "rename:1", "mkdtemp:2", "rename:2", "fsync:8", "fsync:13", "replace:5", "replaced:5",
 ]  # fmt: skip
 
 

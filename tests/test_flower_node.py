@@ -319,7 +319,7 @@ def answers(place: Place, own: dict[str, Any], **changes: Any) -> list[str]:
     ("row", "changes"),
     [
         ({"label": SECRET}, {}),
-        ({"text": SECRET}, {"data__label": "text"}),
+        ({"text": SECRET}, {"data__label": "text", "data__text": "label"}),
         ({SECRET: ""}, {"data__text": "diagnosis"}),
     ],
     ids=["odd label", "servers column", "names of columns"],
