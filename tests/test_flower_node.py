@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from bench import Place, records, summary
 from conftest import random_adapter, same_adapters
 from flower_grid import LocalGrid
@@ -16,6 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from tiny import toy_rows, write_lines
 
 from fedlora.adapter import ClientState
+from fedlora.adapter_folder import open_folder
 from fedlora.flower.app import FAILED, client
 from fedlora.flower.limits import refusal
 from fedlora.flower.node import (
@@ -31,6 +33,7 @@ from fedlora.flower.strategy import FedloraStrategy
 from fedlora.flower.wire import Order, order_content, packed
 from fedlora.model import configured_model
 from fedlora.rules import Plan
+from fedlora.runlog import read_id
 
 pytest_plugins = ["tiny"]
 Tiny = Callable[[str], Path]
@@ -147,6 +150,36 @@ def test_a_server_without_data_of_its_own_runs_all_the_same(place: Place) -> Non
     assert [record["global"] for record in log] == [None, None, None]
     assert log[-1]["clients"]["north"]["evaluation"]["examples"] == 12  # what it holds out itself
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept_whole"),
+    [
+        ({"merge__rule": "fedsa"}, True),
+        ({"merge__head": "local"}, True),
+        ({"client__optimiser": "transport"}, False),  # it keeps an adapter, and shares all of it
+    ],
+    ids=["fedsa", "head", "all shared"],
+)
+def test_a_part_that_never_leaves_its_node_is_there_as_a_whole_adapter(
+    place: Place, changes: dict[str, Any], kept_whole: bool
+) -> None:
+    flat = place.config("run", flower__clients=["north"], data__labels=["neg", "pos"],
+                        data__evaluate="", **changes).flat()  # fmt: skip
+    own = {"name": "north", "data": str(place.train), "state": str(place.folder / "own")}
+    folder = serve(LocalGrid(client, flat, [own]), flat)
+    found = list((place.folder / "own" / "north" / "adapters").glob("*/*"))
+    assert [path.name for path in found] == (["round-000002"] if kept_whole else [])
+    if kept_whole:
+        state = read_state(place.folder / "own" / "north", read_id(folder), 3).adapter
+        assert state is not None
+        saved = open_folder(found[0])
+        for layer, factors in state.layers.items():
+            for part in ("A", "B"):
+                assert torch.equal(getattr(saved.factors(layer), part), getattr(factors, part))
+        assert state.dense.keys() == saved.dense.keys()
+        for name, tensor in state.dense.items():
+            assert torch.equal(saved.tensor(name), tensor)
 
 
 def test_what_a_client_keeps_is_that_of_the_round_before_and_of_this_run(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -26,7 +28,7 @@ from fedlora.data import Data, read_silos, tokenised
 from fedlora.errors import PublicError
 from fedlora.files import write_bytes
 from fedlora.flower.wire import Order, WireError, shapes_of, tensors_of
-from fedlora.model import Model, configured_model, read_adapter
+from fedlora.model import Model, configured_model, read_adapter, save_adapter
 from fedlora.modes import merge_policy
 from fedlora.policy import cut_for
 from fedlora.privacy.ledger import LEDGERS, close_all
@@ -37,7 +39,9 @@ LIMITS = ("max-rounds", "min-examples", "rules", "base", "epsilon", "delta", "sh
 OWN = ("name", "data", "evaluate", "text", "pair", "label")  # of a node with a file of its own
 KEYS = ("partition-id", "num-partitions", "state", *OWN, *LIMITS)
 CLIENTS = "clients"  # of a run directory: where nodes without a folder of their own keep states
+ADAPTERS = "adapters"  # in a client's folder: its own, where a part of it never leaves
 KEPT = 3  # states of a client on its disk: after a damaged checkpoint two rounds are repeated
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,13 +119,34 @@ def train(node: Node, order: Order, content: RecordDict) -> tuple[ClientResult, 
     state = read_state(node.states, order.run_id, order.round)
     result = fit(node.client, order.round, plan, held, state)
     keep_state(node.states, order.run_id, order.round, result.state)
+    if plan.trains - plan.shares and node.loaded.data.own_evaluation:
+        keep_adapter(node, order.run, order.round, result.adapter)
     close_all(ledgers, order.round)
     return result, flatten(result.adapter, plan.shares)
 
 
 def ledger_folder(states: Path, run: str) -> Path:
     """Where a node keeps its ledger of a run: one for each name and seed, whoever starts it."""
-    return states / LEDGERS / hashlib.sha256(run.encode()).hexdigest()[:16]
+    return states / LEDGERS / _short(run)
+
+
+def keep_adapter(node: Node, run: str, round: int, adapter: Adapter) -> Path:
+    """Writes the client's whole adapter after its own training, in PEFT's form, and takes away
+    those of earlier rounds: what its figures are of, and nobody else has.
+    """
+    own = node.states / ADAPTERS / _short(run) / f"round-{round:06d}"
+    shutil.rmtree(own, ignore_errors=True)  # of a round that is made again
+    save_adapter(node.loaded.model, adapter, own)
+    for old in own.parent.glob("round-*"):
+        if old != own:
+            shutil.rmtree(old)
+    log.info("round %d: this client's own adapter is in %s", round, own)
+    return own
+
+
+def _short(run: str) -> str:
+    """A name for the folder of a run: what the server calls it is no path."""
+    return hashlib.sha256(run.encode()).hexdigest()[:16]
 
 
 def read_state(folder: Path, run: str, round: int) -> ClientState:
