@@ -195,6 +195,8 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
     ("own-adapter-of-shared-parts", "flower/node.py", "if plan.trains - plan.shares and",
      "if result.state.adapter is not None and", "each node collects copies of what all share",
      "flower_node"),
+    ("any-part-may-leave", "flower/limits.py", "order.plan.shares - _may_leave(limits)",
+     "_may_leave(limits) - PARTS", "a server asks for B where B is to stay", "flower_node"),
     ("own-adapters-pile-up", "flower/node.py", "        if old != own:", "        if old is own:",
      "every round's own adapter stays on the node's disk", "flower_node"),
     ("another-rank-let-in", "config.py",

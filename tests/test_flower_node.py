@@ -16,7 +16,7 @@ from flower_grid import LocalGrid
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from tiny import toy_rows, write_lines
 
-from fedlora.adapter import ClientState
+from fedlora.adapter import PARTS, ClientState
 from fedlora.adapter_folder import open_folder
 from fedlora.flower.app import FAILED, client
 from fedlora.flower.limits import refusal
@@ -59,6 +59,9 @@ def node(place: Place, **own: Any) -> Any:
         ({"min-examples": 13}, {}, "examples"),
         ({"rules": "fra, ffa"}, {}, None),
         ({"rules": "ffa"}, {}, "rule"),
+        ({"shares": "A, B,head"}, {}, None),
+        ({"shares": "A,head"}, {}, "shares"),
+        ({"shares": "B,head"}, {"plan": Plan(PARTS, frozenset({"B"}), PARTS)}, None),
         ({"base": "0000"}, {}, "base"),
         ({}, {"base": "another"}, "base"),
         ({}, {"client": "0"}, "client"),
@@ -71,6 +74,12 @@ def test_a_node_refuses_what_is_beyond_its_limits(
     order = replace(Order("run/0", 3, "1", PLAN, ready.loaded.base, "id"), **change)
     refused = refusal(ready, order)
     assert (refused[0] if refused else None) == code
+
+
+def test_a_limit_that_names_no_part_refuses_every_order(place: Place) -> None:
+    ready = node(place, shares="A,classifier")
+    with pytest.raises(ValueError, match="'classifier' is no part of an adapter, which are A, B"):
+        refusal(ready, Order("run/0", 1, "1", PLAN, ready.loaded.base, "id"))
 
 
 def test_a_base_of_other_weights_stops_the_run_before_it_trains_and_names_both(

@@ -5,6 +5,10 @@ Every reason names settings and counts alone, so that it may be told to the serv
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from fedlora.adapter import PARTS
 from fedlora.files import locked
 from fedlora.flower.node import Node, ledger_folder
 from fedlora.flower.wire import Order
@@ -63,7 +67,24 @@ def refusal(node: Node, order: Order) -> tuple[str, str] | None:
             "examples",
             f"{node.examples} rows are fewer than the {limits['min-examples']} wanted",
         )
+    if beyond := order.plan.shares - _may_leave(limits):
+        return "shares", f"{', '.join(sorted(beyond))} may not leave this node"
     return None
+
+
+def _may_leave(limits: Mapping[str, Any]) -> frozenset[str]:
+    """The parts of an adapter that the node's limit lets out, all without one; ValueError for
+    others.
+    """
+    if "shares" not in limits:
+        return PARTS
+    named = frozenset(name.strip() for name in str(limits["shares"]).split(","))
+    if odd := named - PARTS:
+        raise ValueError(
+            f"node config shares = {limits['shares']!r}: {min(odd)!r} is no part of "
+            f"an adapter, which are {', '.join(sorted(PARTS))}"
+        )
+    return named
 
 
 def _beyond_epsilon(node: Node, order: Order, limit: float) -> str:

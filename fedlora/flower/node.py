@@ -35,7 +35,9 @@ from fedlora.privacy.ledger import LEDGERS, close_all
 from fedlora.runlog import run_folder
 from fedlora.settings import DataSettings
 
-LIMITS = ("max-rounds", "min-examples", "rules", "base", "epsilon", "delta", "share-metrics")
+LIMITS = (
+    "max-rounds", "min-examples", "rules", "shares", "base", "epsilon", "delta", "share-metrics",
+)  # fmt: skip
 OWN = ("name", "data", "evaluate", "text", "pair", "label")  # of a node with a file of its own
 KEYS = ("partition-id", "num-partitions", "state", *OWN, *LIMITS)
 CLIENTS = "clients"  # of a run directory: where nodes without a folder of their own keep states
