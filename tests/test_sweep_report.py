@@ -430,7 +430,30 @@ def test_overfitting_is_evaluation_minus_training_loss(tmp_path):
     made = [line(t, 0.7, loss=loss, train=0.3) for t, loss in enumerate([0.7, 0.5, 0.4, 0.6])]
     folder = make_sweep(tmp_path / "s", {"fra": {}}, lambda *_: made)
     row = ["fra", "0.300 ± 0.000", "0.600 ± 0.000", "+0.300 ± 0.000", "2", "+0.200 ± 0.000"]
-    assert row in Read(folder).rows
+    page = Read(folder)
+    assert row in page.rows
+    assert "evaluation loss rose by 0.200 ± 0.000 nats with fra." in page.text
+
+
+def test_who_overfits_most_is_said_where_it_is_sure(tmp_path):
+    """Rises of 0.1 to 0.3 at three seeds may be none; such of 0.19 to 0.21 are some."""
+
+    def lines(method, case, seed):
+        rise = (0.2, 0.1, 0.3)[seed] if method == "fra" else 0.02
+        return [line(t, 0.7, loss=loss) for t, loss in enumerate([0.7, 0.4, 0.4 + rise])]
+
+    text = Read(make_sweep(tmp_path / "s", {"fra": {}, "ffa": {}}, lines)).text
+    assert "Overfitting:" not in text
+
+    def surely(method, case, seed):
+        rise = (0.2, 0.19, 0.21)[seed] if method == "fra" else 0.02
+        return [line(t, 0.7, loss=loss) for t, loss in enumerate([0.7, 0.4, 0.4 + rise])]
+
+    text = Read(make_sweep(tmp_path / "t", {"fra": {}, "ffa": {}}, surely)).text
+    assert (
+        "Overfitting: once at its lowest, evaluation loss rose by 0.200 ± 0.025 nats with fra, "
+        "least, by 0.020, with ffa." in text
+    )
 
 
 def test_cost_counts_both_ways_against_the_full_model_and_the_servers_time(known):

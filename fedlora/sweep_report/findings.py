@@ -148,6 +148,18 @@ def setting(run: Run, key: str) -> Any:
     return value
 
 
+def lowest_loss(run: Run) -> tuple[float, float]:
+    """The round of the lowest evaluation loss, and how far the last known one is above it (nats).
+
+    NaN where there is none.
+    """
+    loss = run.evaluation("loss")
+    if not np.isfinite(loss).any():
+        return math.nan, math.nan
+    place = int(np.nanargmin(loss))
+    return float(run.series("round")[place]), last_known(loss) - float(loss[place])
+
+
 def merge_error(run: Run) -> float:
     """The merge error of the last round that has one; NaN where nothing was merged."""
     return last_known(run.series("merge_error"))

@@ -22,6 +22,7 @@ from fedlora.sweep_report.findings import (
     Change,
     Versus,
     final,
+    lowest_loss,
     merge_error,
     speed,
 )
@@ -128,7 +129,7 @@ def overfitting_table(case: Case) -> Table:
     """Losses in the last round, the gap, and how far evaluation loss rose from its lowest."""
     rows = []
     for arm in case.there:
-        best = [_best_round(run) for run in arm.all]
+        best = [lowest_loss(run) for run in arm.all]
         rows.append([
             arm.method,
             with_half(estimate([_last(run.train_loss()) for run in arm.all]), 1.0, 3),
@@ -259,14 +260,6 @@ def value(setting: Any) -> str:
 def _last(values: Any) -> float:
     known = values[np.isfinite(values)]
     return float(known[-1]) if len(known) else math.nan
-
-
-def _best_round(run: Run) -> tuple[float, float]:
-    """The round of the lowest evaluation loss, and how far the last one is above it."""
-    loss = run.evaluation("loss")
-    if not np.isfinite(loss).any():
-        return math.nan, math.nan
-    return float(run.series("round")[np.nanargmin(loss)]), _last(loss) - float(np.nanmin(loss))
 
 
 def _full(run: Run) -> float:

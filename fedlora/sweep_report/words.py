@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from fedlora.rundir import number, plain
+from fedlora.significance import estimate
 from fedlora.sweep_report.cases import Arm, Case
 from fedlora.sweep_report.content import seeds
 from fedlora.sweep_report.findings import (
@@ -15,6 +16,7 @@ from fedlora.sweep_report.findings import (
     compared,
     exactness,
     final,
+    lowest_loss,
     speed,
     target_of,
 )
@@ -22,10 +24,11 @@ from fedlora.sweep_report.results import sent
 from fedlora.sweep_report.tables import p_text
 
 FEW = 5  # methods below which their rank correlation says nothing
+RISE = 0.02  # nats: where evaluation loss surely rises less after its lowest, nothing is said of it
 
 
 def case_summary(case: Case, baseline: str, share: float) -> str:
-    """Who is best, whether that is more than noise, who is soonest, what it costs."""
+    """Who is best, whether that is more than noise, who is soonest, who overfits, what it costs."""
     scored = [arm for arm in case.there if math.isfinite(final(arm).mean)]
     rivals = [arm for arm in scored if arm.mode == "federated"] or scored
     if not rivals:
@@ -40,6 +43,7 @@ def case_summary(case: Case, baseline: str, share: float) -> str:
     elif best.method == baseline:
         lines.append(_baseline_leads(baseline, [v for v in versus.values() if v.arm in rivals]))
     lines.append(_soonest(case, rivals, share))
+    lines.append(_overfits(rivals))
     lines.append(_cost(best, case.arm(baseline)))
     if references := [_scored(arm) for arm in scored if arm not in rivals]:
         lines.append(f"For reference: {'; '.join(references)}.")
@@ -147,6 +151,25 @@ def _soonest(case: Case, rivals: Sequence[Arm], share: float) -> str:
         return f"No method reached {target:.1%} in half of its seeds."
     names = "; ".join(method for method, rounds in known.items() if rounds == first)
     return f"Soonest at {target:.1%} accuracy: {names}, in round {first:.3g} (median)."
+
+
+def _overfits(arms: Sequence[Arm]) -> str:
+    """Who lost most of what evaluation loss had reached, and who least; nothing where none did."""
+    rises = {
+        arm.method: found
+        for arm in arms
+        if math.isfinite((found := estimate([lowest_loss(run)[1] for run in arm.all])).half)
+    }
+    most = max(rises, key=lambda name: rises[name].mean, default="")
+    if not most or rises[most].mean - rises[most].half <= RISE:
+        return ""
+    least = min(rises, key=lambda name: rises[name].mean)
+    text = (
+        f"Overfitting: once at its lowest, evaluation loss rose by {rises[most].mean:.3f} ± "
+        f"{rises[most].half:.3f} nats with {most}"
+    )
+    others = f", least, by {rises[least].mean:.3f}, with {least}" if least != most else ""
+    return f"{text}{others}."
 
 
 def _cost(best: Arm, base: Arm | None) -> str:
