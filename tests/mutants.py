@@ -163,12 +163,13 @@ MUTANTS = [Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
 def main() -> int:
     """Prints one line per mutant; 1 if one survived, was not found or broke the import."""
     parser = argparse.ArgumentParser(description="Deliberate bugs that the tests must catch.")
-    parser.add_argument("--only", metavar="NAME", help="one mutant")
+    parser.add_argument("--only", metavar="NAME", action="append", help="one mutant; repeatable")
     parser.add_argument("--list", action="store_true", help="name them and end")
     arguments = parser.parse_args()
-    chosen = [mutant for mutant in MUTANTS if arguments.only in (None, mutant.name)]
-    if not chosen:
-        parser.error(f"no mutant {arguments.only!r}; --list names them")
+    wanted = arguments.only or [mutant.name for mutant in MUTANTS]
+    if odd := set(wanted) - {mutant.name for mutant in MUTANTS}:
+        parser.error(f"no mutant {min(odd)!r}; --list names them")
+    chosen = [mutant for mutant in MUTANTS if mutant.name in wanted]
     if arguments.list:
         for mutant in chosen:
             print(f"{mutant.name:26} {mutant.file:18} {mutant.why}")
