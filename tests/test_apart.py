@@ -104,6 +104,17 @@ def summed(
         return torch.cat([p.grad.double().flatten() for p in parameters.values()])
 
 
+def test_a_head_of_zeros_does_not_stand_in_the_way_and_stays(tmp_path: Path) -> None:
+    """All its scores are zero, so that nothing would be seen to move, or to stay."""
+    model = loaded(tmp_path, "bert")
+    head = [p for n, p in model.parameters.items() if not n.endswith(("lora_A", "lora_B"))]
+    for parameter in head:
+        parameter.data.zero_()
+    check_rows_apart(model, LONGEST)
+    assert head
+    assert not any(bool(parameter.any()) for parameter in head)
+
+
 @pytest.mark.parametrize("kind", ["bert", "fnet", "convbert"])
 def test_the_sum_moves_by_more_than_the_clip_where_padding_is_read(
     tmp_path: Path, kind: str
