@@ -107,7 +107,8 @@ def _planned(sweep: Sweep) -> Table:
 
 
 def _steps(trial: Trial) -> int | None:
-    """Optimiser steps of all clients that take part; None where they are counted in passes.
+    """Optimiser steps of all clients that take part; None where they are counted in passes or the
+    data say how many clients there are.
 
     Those of `central` are as many batches of a client's size as the clients would take.
     """
@@ -116,7 +117,10 @@ def _steps(trial: Trial) -> int | None:
     run, client = trial.config.run, trial.config.client
     if client.epochs:
         return None
-    clients = len(trial.config.data.clients) or trial.config.partition.clients
+    named, partition = len(trial.config.data.clients), trial.config.partition
+    if not named and partition.by == "column":
+        return None
+    clients = named or partition.clients
     if run.mode == "federated":
         clients = round_size(clients, trial.config.merge.participation)
     return run.rounds * client.steps * clients

@@ -205,6 +205,9 @@ def test_the_plan_counts_the_steps_of_the_clients_that_take_part(tmp_path: Path)
     done = said(file, "--plan", "--set", "client.epochs=1")
     (fra,) = [line.split() for line in done.stdout.splitlines() if line.startswith("fra")]
     assert fra == ["fra", "0", "4", "-"]
+    done = said(file, "--plan", "--set", "partition.by=column", "--set", "partition.column=label")
+    (fra,) = [line.split() for line in done.stdout.splitlines() if line.startswith("fra")]
+    assert fra == ["fra", "0", "4", "-"]  # two clients, not 50
 
 
 @pytest.mark.parametrize("plan", [["--plan"], []])
