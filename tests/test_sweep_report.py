@@ -639,7 +639,7 @@ def test_a_budget_is_drawn_and_tabled_where_there_is_one(tmp_path, known):
     x, shares = layer_shares(case.arm("fra").all, list(BUDGET["layers"]), "tail")
     assert x.tolist() == [1, 2]
     np.testing.assert_allclose(shares, [[0.1, 0.1], [0.05, 0.05], [np.nan, np.nan]])
-    errors, heat, changes = budget_pictures(case)
+    errors, heat, changes, space = budget_pictures(case)
     for picture in (errors, heat, changes):
         assert [panel.title for panel in picture.panels] == ["fra"]
     lines = draw_sheet(errors).axes[0].lines  # 0.2 / 2 and 0.4 / 2
@@ -649,8 +649,28 @@ def test_a_budget_is_drawn_and_tabled_where_there_is_one(tmp_path, known):
     areas = draw_sheet(changes).axes[0].collections  # of 0.5: 0.25 - 0.09, 0.09, 0.25 - 0.16, 0.16
     tops = [one.get_paths()[0].vertices[:, 1].max() for one in areas]
     np.testing.assert_allclose(tops, [0.32, 0.5, 0.68, 1.0])
+    assert [panel.title for panel in space.panels] == ["Effective rank"]  # angles are not there
+    (ranks,) = draw_sheet(space).axes[0].lines
+    np.testing.assert_allclose(ranks.get_xydata(), [[1, 3.25], [2, 3.25]])
     assert "Error budget" not in Read(known).text
     assert budget_pictures(the_case(known)) == []
+
+
+def test_what_becomes_of_the_adapters_space_is_drawn_for_all_methods_together(tmp_path):
+    def lines(method, case, seed):
+        lower = 4.0 if method == "fra" else 1.0
+        own = [BUDGET | {"effective_rank": lower / t, "row_angle": 10.0 * t} for t in (1, 2)]
+        del own[0]["row_angle"]  # round 1 has no round before it
+        return [line(0, 0.5), *(line(t + 1, 0.6, budget=one) for t, one in enumerate(own))]
+
+    folder = make_sweep(tmp_path / "s", {"fra": {}, "hetlora": {}}, lines)
+    space = budget_pictures(the_case(folder))[-1]
+    sheet = draw_sheet(space).axes
+    drawn = [[one.get_xydata().tolist() for one in axes.lines] for axes in sheet[:2]]
+    assert drawn == [
+        [[[1, 4], [2, 2]], [[1, 1], [2, 0.5]]], [[[2, 20]], [[2, 20]]],
+    ]  # fmt: skip
+    assert [name for name, _ in space.legend] == ["fra", "hetlora"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import compress
 
 import numpy as np
@@ -15,15 +16,18 @@ from fedlora.sweep_report.budget import (
     layer_names,
     layer_shares,
     relative,
+    total,
 )
 from fedlora.sweep_report.cases import Arm, Case
 from fedlora.sweep_report.content import Panel, Picture, seed_span
 from fedlora.sweep_report.curves import Curve, curve
 from fedlora.sweep_report.drawing import (
+    CROWDED,
     arm_style,
     draw_curve,
     label_axes,
     last_round,
+    legend_of,
     percent_axis,
     round_axis,
 )
@@ -40,12 +44,18 @@ ERRORS: dict[str, tuple[str, Style]] = {  # besides `tail`, which has the method
     "noise": ("noise of client-level privacy", line_style(4) | {"color": GREY, "linewidth": 1.2}),
 }
 
+SPACE = {
+    "effective_rank": "Effective rank",
+    "row_angle": "Turn of A's rows, degrees",
+    "column_angle": "Turn of B's columns, degrees",
+}
+
 
 def budget_pictures(case: Case) -> list[Picture]:
-    """What was lost by round, by layer, and how the clients' changes split; none without a
-    budget.
+    """What was lost by round and by layer, how the clients' changes split, what became of the
+    adapter's space; none without a budget.
     """
-    found = [_error_picture(case), _heat_picture(case), _change_picture(case)]
+    found = [_error_picture(case), _heat_picture(case), _change_picture(case), _space_picture(case)]
     return [picture for picture in found if picture is not None]
 
 
@@ -183,6 +193,43 @@ def _change_picture(case: Case) -> Picture | None:
         f"{case.slug}-changes", f"What clients changed, {case.title}", caption,
         [panel(arm) for arm in arms], legend,
     )  # fmt: skip
+
+
+def _space_picture(case: Case) -> Picture | None:
+    panels, drawn = [], dict[str, Arm]()
+    for figure, title in SPACE.items():
+        curves = {arm.method: curve(arm.all, partial(total, name=figure)) for arm in case.there}
+        known = [arm for arm in case.there if len(curves[arm.method].x)]
+        if known:
+            panels.append(_space_panel(title, {arm.method: curves[arm.method] for arm in known},
+                                       known, last_round(case)))  # fmt: skip
+            drawn |= {arm.method: arm for arm in known}
+    if not panels:
+        return None
+    arms = list(drawn.values())
+    caption = (
+        "Effective rank: exp of the entropy of the merged increment's normalised singular values, "
+        "at most the adapter's rank; where it falls, the adapter gives its room away. Turns: root "
+        "mean square of the principal angles between the space of this round's increment and the "
+        "last one's; near 0 the space stands still. Means over layers and over "
+        f"{seed_span([len(arm.runs) for arm in arms])}, bands 95 % intervals."
+    )
+    return Picture(
+        f"{case.slug}-space", f"Rank and turning of the adapter, {case.title}", caption,
+        panels, legend_of(arms),
+    )  # fmt: skip
+
+
+def _space_panel(
+    title: str, curves: Mapping[str, Curve], arms: Sequence[Arm], last: float
+) -> Panel:
+    def draw(ax: Axes) -> None:
+        for arm in arms:
+            draw_curve(ax, curves[arm.method], arm_style(arm), shade=CROWDED)
+        ax.set_ylim(bottom=0)
+        round_axis(ax, last)
+
+    return Panel(title, draw)
 
 
 def _draw_shares(ax: Axes, own: Mapping[str, Curve]) -> None:
