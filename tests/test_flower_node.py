@@ -22,6 +22,7 @@ from fedlora.flower.app import FAILED, client
 from fedlora.flower.limits import refusal
 from fedlora.flower.node import (
     KEPT,
+    RUNS,
     fingerprint,
     keep_state,
     load_node,
@@ -194,29 +195,39 @@ def test_a_part_that_never_leaves_its_node_is_there_as_a_whole_adapter(
 def test_what_a_client_keeps_is_that_of_the_round_before_and_of_this_run(tmp_path: Path) -> None:
     for number in (1, 2, 3, 4):
         keep_state(tmp_path, "run/0", number, kept(number))
-    assert len(list(tmp_path.iterdir())) == KEPT
+    files = sorted(tmp_path.rglob("*.state"))
+    assert len(files) == KEPT
     for number, want in ((5, 4), (4, 3), (3, 2)):
         assert is_kept(read_state(tmp_path, "run/0", number), want)
     assert read_state(tmp_path, "other/1", 5).adapter is None
     assert read_state(tmp_path, "run/0", 1).adapter is None
-    newest = max(tmp_path.iterdir())
-    newest.write_bytes(newest.read_bytes()[:-3])
+    files[-1].write_bytes(files[-1].read_bytes()[:-3])
     with pytest.raises(ValueError, match="its head speaks of"):
         read_state(tmp_path, "run/0", 5)
 
 
-def test_what_an_older_run_left_neither_hides_nor_removes_what_a_new_one_keeps(
-    tmp_path: Path,
-) -> None:
-    for number in (3, 4, 5):
-        keep_state(tmp_path, "old/0", number, kept(number))
-    keep_state(tmp_path, "new/0", 1, kept(11))
-    assert is_kept(read_state(tmp_path, "new/0", 2), 11)
-    assert is_kept(read_state(tmp_path, "new/0", 6), 11)  # it was not drawn for a while
-    for number in range(2, 9):
-        keep_state(tmp_path, "new/0", number, kept(number + 10))
-        assert is_kept(read_state(tmp_path, "new/0", number + 1), number + 10)
-    assert len(list(tmp_path.iterdir())) == KEPT
+def test_a_round_that_is_made_again_replaces_what_was_kept_of_it(tmp_path: Path) -> None:
+    """Also where the checkpoint that was left is older than all that is kept."""
+    for number in range(1, 7):
+        keep_state(tmp_path, "run/0", number, kept(number))
+    for number in (3, 4):
+        keep_state(tmp_path, "run/0", number, kept(10 + number))
+        assert is_kept(read_state(tmp_path, "run/0", number + 1), 10 + number)
+
+
+def test_runs_side_by_side_keep_their_own(tmp_path: Path) -> None:
+    """Two runs with one client on one node; of older ones the last few stay."""
+    for number in (1, 2, 3, 4):
+        keep_state(tmp_path, "one/0", number, kept(number))
+        keep_state(tmp_path, "two/0", number, kept(10 + number))
+    for name, first in (("one/0", 0), ("two/0", 10)):
+        assert is_kept(read_state(tmp_path, name, 5), first + 4)
+        assert is_kept(read_state(tmp_path, name, 4), first + 3)
+    for number in range(RUNS - 1):
+        keep_state(tmp_path, f"later/{number}", 1, kept(number))
+    assert read_state(tmp_path, "one/0", 5).adapter is None
+    assert is_kept(read_state(tmp_path, "two/0", 5), 14)
+    assert is_kept(read_state(tmp_path, "later/0", 2), 0)
 
 
 def kept(number: int) -> ClientState:

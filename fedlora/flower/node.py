@@ -42,7 +42,9 @@ OWN = ("name", "data", "evaluate", "text", "pair", "label")  # of a node with a 
 KEYS = ("partition-id", "num-partitions", "state", *OWN, *LIMITS)
 CLIENTS = "clients"  # of a run directory: where nodes without a folder of their own keep states
 ADAPTERS = "adapters"  # in a client's folder: its own, where a part of it never leaves
-KEPT = 3  # states of a client on its disk: after a damaged checkpoint two rounds are repeated
+STATES = "states"  # in a client's folder: what it keeps from round to round, by run
+KEPT = 3  # states of a run on a client's disk: after a damaged checkpoint two rounds are repeated
+RUNS = 8  # runs whose states stay on a client's disk, the last ones
 log = logging.getLogger(__name__)
 
 
@@ -152,30 +154,37 @@ def _short(run: str) -> str:
 
 
 def read_state(folder: Path, run: str, round: int) -> ClientState:
-    """What the client kept from its last round before this one; nothing for another run's id.
+    """What the client kept from its last round of the run before this one; nothing where it did
+    not take part.
 
     ValueError where the file is damaged: training on without what it kept would be another run.
     """
-    for path in sorted(folder.glob("round-*.state"), reverse=True):
+    for path in sorted(_kept(folder, run), reverse=True):
         if int(path.stem.removeprefix("round-")) < round:
-            owner, state = decode_state(path.read_bytes())
-            if owner == run:
-                return state
+            return decode_state(path.read_bytes())[1]
     return ClientState()
 
 
 def keep_state(folder: Path, run: str, round: int, state: ClientState) -> None:
-    """Writes what the client keeps after a round, in one step; those just before stay as well.
+    """Writes what the client keeps after a round, in one step; those just before stay as well, and
+    so do the states of the runs before this one and beside it.
 
-    Files of later rounds are an older run's, or of rounds that are made again: left to be replaced.
+    Files of later rounds are of rounds that are made again: left to be replaced.
     """
     if state.adapter is None and not state.optimiser:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    own = folder / f"round-{round:06d}.state"
+    own = folder / STATES / _short(run) / f"round-{round:06d}.state"
+    own.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(own, encode_state(run, state))
-    for old in sorted(path for path in folder.glob("round-*.state") if path <= own)[:-KEPT]:
+    for old in sorted(path for path in _kept(folder, run) if path <= own)[:-KEPT]:
         old.unlink()
+    runs = sorted((folder / STATES).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    for ended in runs[:-RUNS]:
+        shutil.rmtree(ended)
+
+
+def _kept(folder: Path, run: str) -> list[Path]:
+    return list((folder / STATES / _short(run)).glob("round-*.state"))
 
 
 def fingerprint(model: Model) -> str:
