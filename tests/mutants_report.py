@@ -57,7 +57,7 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "max(float(known[-1]), EXACT)", "a hybrid passes for exact", "sweep_report"),
     ("curves-on-two-sets", "rundir.py", 'for key in ("subset", "global", "personal")',
      'for key in ("global", "global", "personal")', "a change of rows passes for one of the model",
-     "run"),
+     "sweep_report"),
     ("any-rise-is-overfitting", "sweep_report/words.py", "rises[most].half <= RISE",
      "rises[most].half <= -1", "noise of the seeds is called overfitting", "sweep_report"),
 ]]

@@ -628,6 +628,16 @@ def test_rounds_measured_on_fewer_rows_are_said_to_be(tmp_path):
     assert "measured on 30 of the 200 evaluation rows" in text
 
 
+def test_a_curve_is_of_the_same_rows_to_its_end_and_the_final_score_of_all(tmp_path):
+    """The last line has the score of all rows, 0.8, and beside it that of the part, 0.6."""
+    made = [line(t, 0.5 + t / 20, rows=30) for t in range(3)]
+    made[-1] = line(2, 0.8, rows=200) | {"subset": made[-1]["global"]}
+    case = the_case(make_sweep(tmp_path / "s", {"fra": {}}, lambda *_: made))
+    arm = case.arm("fra")
+    np.testing.assert_allclose(accuracy(arm.all[0]), [0.5, 0.55, 0.6])
+    assert final(arm).mean == pytest.approx(0.8)
+
+
 def test_a_budget_is_drawn_and_tabled_where_there_is_one(tmp_path, known):
     made = [line(t, 0.7, budget=BUDGET) for t in range(3)]
     folder = make_sweep(
