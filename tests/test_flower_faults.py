@@ -143,13 +143,20 @@ def test_a_run_of_the_same_name_and_seed_knows_nothing_of_the_one_before(
     changes |= {"run__rounds": 4, "merge__participation": 0.6}
     nodes = [node | {"state": str(place.folder / "nodes")} for node in NODES]
     before = adapter_hashes(on_flower(place, "again", {"nodes": nodes}, **changes))
-    states = {path: path.read_bytes() for path in place.folder.glob("nodes/*/*.state")}
+    states = kept_states(place)
     assert states
     shutil.rmtree(place.folder / "again")
     again = on_flower(place, "again", {"nodes": nodes}, **changes)
     assert adapter_hashes(again) == before
-    assert states.keys() >= set(place.folder.glob("nodes/*/*.state"))
-    assert not any(path.read_bytes() == data for path, data in states.items())  # another owner
+    both = kept_states(place)
+    assert states.items() <= both.items()
+    assert len(both) == 2 * len(states)
+    assert not set(states.values()) & {both[path] for path in both.keys() - states.keys()}  # owners
+
+
+def kept_states(place: Place) -> dict[Path, bytes]:
+    """What the nodes keep, of all runs."""
+    return {path: path.read_bytes() for path in place.folder.glob("nodes/*/states/*/*.state")}
 
 
 def adapter_hashes(folder: Path) -> dict[str, bytes]:

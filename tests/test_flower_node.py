@@ -23,6 +23,7 @@ from fedlora.flower.limits import refusal
 from fedlora.flower.node import (
     KEPT,
     RUNS,
+    STATES,
     fingerprint,
     keep_state,
     load_node,
@@ -393,9 +394,10 @@ def test_a_node_that_is_broken_says_nothing_of_how(place: Place) -> None:
     """Neither of its folders, nor of a limit that makes no sense."""
     states = place.folder / "own" / "north"
     states.mkdir(parents=True)
-    (states / "round-000000.state").write_bytes(b"no state")
+    (states / STATES).write_bytes(b"no folder")
     own = {"name": "north", "data": str(place.train), "state": str(place.folder / "own")}
-    flat = place.config("run", **OWN, run__rounds=1, run__max_failed_rounds=1).flat()
+    changes = {"run__rounds": 1, "run__max_failed_rounds": 1, "merge__head": "local"}
+    flat = place.config("run", **OWN, **changes).flat()
     for limit in ({}, {"max-rounds": SECRET}):
         with pytest.raises(ValueError, match=f"error: client north: {FAILED}") as caught:
             serve(LocalGrid(client, flat, [own | limit]), flat)
