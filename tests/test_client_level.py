@@ -278,7 +278,7 @@ def test_the_budget_of_a_round_says_how_much_of_it_is_noise(tmp_path: Path, desi
     run = merge(tmp_path, design, noise=60.0, clip=1.0)
     run = replace(run, terms=replace(run.terms, epsilon=1e6))
     rule = get_rule("ffa" if design == "rows" else "fra")
-    states = [run(rule, ServerState(Adapter(zero, {})), [], t, PLAIN) for t in range(40)]
+    states = [run(rule, ServerState(Adapter(zero, {})), [], t, PLAIN) for t in range(100)]
     for name in zero:
         figures = [state.budget[name] for state in states]
         drawn = math.sqrt(np.mean([one["wanted"] ** 2 for one in figures]))

@@ -200,11 +200,33 @@ def test_every_trained_tensor_moves_and_epsilon_is_reported(tiny: Tiny, tmp_path
     assert not any(name.startswith("evaluation") for name in result.metrics)  # of its own rows
 
 
-def test_the_same_seed_draws_other_noise(tiny: Tiny, tmp_path: Path) -> None:
-    bench = private_bench(tiny, tmp_path)
-    first = flatten(bench.fit(ledgers=tmp_path / "a").adapter)
-    second = flatten(bench.fit(ledgers=tmp_path / "b").adapter)
-    assert all(not torch.equal(first[name], second[name]) for name in first)
+def without_dropout(bench: Bench) -> Bench:
+    for module in bench.model.network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return bench
+
+
+def two_rounds_of_one_seed(bench: Bench, folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    first = flatten(bench.fit(ledgers=folder / "a").adapter)
+    second = flatten(bench.fit(ledgers=folder / "b").adapter)
+    return [(first[name], second[name]) for name in first]
+
+
+@pytest.mark.real_noise
+def test_the_same_seed_draws_other_noise(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With whole batches and without dropout, noise alone tells two rounds of one seed apart."""
+    monkeypatch.setattr(dpsgd, "poisson_batch", lambda rows, rate: rows)
+    bench = without_dropout(private_bench(tiny, tmp_path))
+    assert all(not torch.equal(*pair) for pair in two_rounds_of_one_seed(bench, tmp_path))
+
+
+@pytest.mark.real_noise
+def test_the_same_seed_draws_other_batches(tiny: Tiny, tmp_path: Path, noiseless: None) -> None:
+    bench = without_dropout(private_bench(tiny, tmp_path))
+    assert any(not torch.equal(*pair) for pair in two_rounds_of_one_seed(bench, tmp_path))
 
 
 def test_the_planned_rounds_fit_the_budget_and_no_more(tiny: Tiny, tmp_path: Path) -> None:
@@ -260,9 +282,7 @@ def test_dropout_is_not_drawn_from_the_runs_seed(
     monkeypatch.setattr(dpsgd, "poisson_batch", lambda rows, rate: rows)
     bench = private_bench(tiny, tmp_path)
     assert any(isinstance(m, nn.Dropout) and m.p > 0 for m in bench.model.network.modules())
-    first = flatten(bench.fit(ledgers=tmp_path / "a").adapter)
-    second = flatten(bench.fit(ledgers=tmp_path / "b").adapter)
-    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(*pair) for pair in two_rounds_of_one_seed(bench, tmp_path))
 
 
 def test_nothing_of_a_batch_that_failed_is_left(tiny: Tiny, tmp_path: Path) -> None:
