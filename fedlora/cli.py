@@ -263,7 +263,8 @@ def _resume(folder: Path, given: Config | None) -> None:
 
 
 def _run(config: Config, resumed: Resumed | None = None) -> None:
-    from fedlora.runlog import check_new, run_folder, stopped_line
+    from fedlora.runlog import run_folder
+    from fedlora.stopped import check_new, stopped_line
 
     console, folder = Console(), run_folder(config)
     if resumed is None:

@@ -15,7 +15,8 @@ from fedlora.evaluate import predict
 from fedlora.files import check_free
 from fedlora.hints import near
 from fedlora.model import Model, configured_model, load_adapter, write_adapter
-from fedlora.runlog import has_ended, read_config, stopped_line
+from fedlora.runlog import has_ended, read_config
+from fedlora.stopped import stopped_line
 from fedlora.tables import Table
 
 

@@ -24,11 +24,12 @@ from fedlora.recording import Job, Watch, recording
 from fedlora.remarks import remarks
 from fedlora.resume import Resumed
 from fedlora.rules import Plan, get_rule
-from fedlora.runlog import check_new, run_folder
+from fedlora.runlog import run_folder
 from fedlora.server import rehearse
 from fedlora.settings import round_size
 from fedlora.shelf import shelf
 from fedlora.simulation import Fit
+from fedlora.stopped import check_new
 
 
 def prepare(config: Config, resumed: Resumed | None = None) -> Job:

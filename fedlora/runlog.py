@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import secrets
-import shlex
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
@@ -18,7 +17,7 @@ from typing import Any
 
 from fedlora import __version__
 from fedlora.config import Config, load_config
-from fedlora.files import check_free, new_folder, write_bytes, write_text
+from fedlora.files import new_folder, write_bytes, write_text
 from fedlora.own_rules import rule_file
 from fedlora.sources import evaluation_of
 
@@ -46,7 +45,6 @@ def create_run(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
 
     ValueError if it is there already.
     """
-    check_new(folder)
     with new_folder(folder) as temporary:
         write_text(temporary / "config.toml", config.toml())
         write_json(temporary / "versions.json", {**versions(), **facts})
@@ -55,30 +53,10 @@ def create_run(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
             write_bytes(temporary / RULE_COPY, source.read_bytes())
 
 
-def check_new(folder: Path) -> None:
-    """ValueError if the run directory exists: a run never writes over another."""
-    if folder.exists():
-        check_free(folder)
-        another = "choose another folder with --set run.out=DIR or --set run.name=NAME"
-        if (folder / "config.toml").is_file() and not has_ended(folder):
-            raise ValueError(f"{stopped_line(folder)}; for a new run {another}")
-        raise ValueError(f"run directory {folder} exists already and was not touched: {another}")
-    there = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"run directory {folder} cannot be made: {there} takes no new folder")
-
-
 def has_ended(folder: Path) -> bool:
     """Whether the run came to its end; ValueError where its summary is damaged."""
     summary = folder / "summary.json"
     return summary.is_file() and not read_json(summary)["interrupted"]
-
-
-def stopped_line(folder: Path) -> str:
-    """After which round a run stopped, and the command that goes on with it."""
-    kept = [int(path.stem[6:]) for path in (folder / CHECKPOINTS).glob("round-*.ckpt")]
-    again = f"fedlora run --resume {shlex.quote(str(folder))}"
-    return f"{folder} stopped after round {max(kept, default=0)}: go on with `{again}`"
 
 
 def read_config(folder: Path) -> Config:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from fedlora.config import Config
 from fedlora.display import failure_text, round_line
 from fedlora.files import owner
-from fedlora.privacy.reserve import configured_clients, shortage
 from fedlora.resume import records
-from fedlora.runlog import CHECKPOINTS, has_ended, read_config, read_json, stopped_line
+from fedlora.runlog import CHECKPOINTS, has_ended, read_config, read_json
+from fedlora.stopped import stopped_line
 
 
 def status_lines(folder: Path) -> list[str]:
@@ -22,7 +21,7 @@ def status_lines(folder: Path) -> list[str]:
     rule = config.merge.rule.rpartition(".py:")[2]
     kind = f"rule {rule}" if config.run.mode == "federated" else config.run.mode
     done = log[-1]["round"] if log else 0
-    lines = [f"{folder}: {kind}, seed {config.run.seed}, {_stand(folder, config)}"]
+    lines = [f"{folder}: {kind}, seed {config.run.seed}, {_stand(folder)}"]
     lines += [f"round {done} of {config.run.rounds}"]
     lines += [f"  round {record['round']}: {round_line(record)}" for record in log[-3:]]
     failed = [record for record in log if record["failures"]]
@@ -37,7 +36,7 @@ def status_lines(folder: Path) -> list[str]:
     return lines
 
 
-def _stand(folder: Path, config: Config) -> str:
+def _stand(folder: Path) -> str:
     """Ended, running or stopped, with what can be done."""
     if has_ended(folder):
         return "ended"
@@ -48,20 +47,7 @@ def _stand(folder: Path, config: Config) -> str:
     last, keeper = f"last sign {since:.0f} s ago, {newest}", owner(folder)
     if keeper:
         return f"not ended, running now ({keeper}), {last}"
-    done = int(kept[-1].rpartition("-")[2]) if kept else 0
-    then = _left(folder, config, done) or stopped_line(folder)
+    then = stopped_line(folder)
     if keeper is None:  # no locks here: nobody can tell
         return f"not ended, {last}; if nothing runs it any more: {then}"
     return f"not ended, {last}; {then}"
-
-
-def _left(folder: Path, config: Config, done: int) -> str:
-    """Why a private run cannot go on after `done` rounds, and what there is; empty where it can."""
-    clients = configured_clients(config, folder)
-    reason = shortage(config, clients, folder, done + 1) if clients else ""
-    if not reason:
-        return ""
-    if (folder / "adapter").is_dir():
-        return f"it cannot go on: {reason}; what there is is in {folder / 'adapter'}"
-    how = f"; fedlora run --resume {folder} would only save the result of round {done}"
-    return f"it cannot go on: {reason}{how if done else ''}"

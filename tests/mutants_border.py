@@ -184,7 +184,7 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "a run's id is that of the code before the edit", "sweep_plan"),
     ("tuned-rules-without-code", "sweep_plan.py", "(*given, *tuned) if rule", "given if rule",
      "the same where the rule itself is tuned", "sweep_plan"),
-    ("old-run-taken", "runlog.py", "if folder.exists():",
+    ("old-run-taken", "stopped.py", "if folder.exists():",
      'if (folder / "summary.json").exists():', "a run goes into what another left", "run_cli"),
     ("interrupted-and-lost", "recording.py", "_save(job, done, sizes, stopped)",
      "pass", "Ctrl-C throws the finished rounds away", "run"),

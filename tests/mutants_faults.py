@@ -37,7 +37,7 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "two processes append to one log", "resume status"),
     ("running-run-resumed", "resume.py", "    check_free(folder)\n", "",
      "a run is resumed under the process that is at it", "resume"),
-    ("running-run-called-stopped", "runlog.py", "        check_free(folder)\n", "",
+    ("running-run-called-stopped", "stopped.py", "        check_free(folder)\n", "",
      "somebody is told to resume what runs", "resume"),
     ("cut-back-late", "resume.py", "if _log_size(folder) != self.size:", "if False:",
      "a log is cut back to where it was when it was read", "resume"),

@@ -120,7 +120,7 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "a round that cannot count spends the others' budgets", "private_runs"),
     ("all-must-pay", "privacy/reserve.py", "if len(owners) - len(short) >= needed:",
      "if not short:", "a run that could go on with fewer clients ends", "private_runs"),
-    ("hopeless-resume-offered", "status.py", "if not reason:", "if True:",
+    ("hopeless-resume-offered", "stopped.py", "if not reason:", "if True:",
      "a resume that can only be refused", "private_runs"),
     ("no-word-of-a-reserve", "privacy/plan.py", "(rounds + 1) / rounds) - 1", "1.0) - 1",
      "a reserve seems to cost nothing", "private_runs"),

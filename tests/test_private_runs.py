@@ -34,6 +34,7 @@ from fedlora.resume import find
 from fedlora.rules import Plan
 from fedlora.run import execute, prepare
 from fedlora.status import status_lines
+from fedlora.stopped import check_new
 
 pytest.importorskip("opacus")
 pytest.importorskip("dp_accounting")
@@ -163,11 +164,13 @@ def test_the_status_offers_no_resume_that_cannot_succeed(place: Place) -> None:
     folder = place.folder / "run"
     first, *_ = status_lines(folder)
     assert "--resume" not in first
-    assert "it cannot go on: round 2 is not begun" in first
+    assert "stopped after round 1 and cannot go on: round 2 is not begun" in first
     assert f"what there is is in {folder / 'adapter'}" in first
     (folder / "adapter").rename(folder / "gone")  # as after a kill, which saves nothing
     (line, *_) = status_lines(folder)
-    assert line.endswith(f"--resume {folder} would only save the result of round 1")
+    assert line.endswith(f"--resume {folder}` would only save the result of round 1")
+    with pytest.raises(ValueError, match=r"cannot go on: .*for a new run"):
+        check_new(folder)
 
 
 def test_those_who_can_pay_go_on_where_they_are_enough(place: Place) -> None:
@@ -186,7 +189,7 @@ def test_a_trusted_server_that_cannot_pay_lets_nobody_train(place: Place) -> Non
         started(place, stopped_at("evaluate", 2), **TRUSTED)
     folder = place.folder / "run"
     assert len(charged(folder)["server"]) == 2
-    assert "it cannot go on" in status_lines(folder)[0]
+    assert "and cannot go on" in status_lines(folder)[0]
     heard: list[str] = []
     config, found = find(folder, place.config("run", **TRUSTED))
     with pytest.raises(ValueError, match="nothing is charged: server cannot pay"):

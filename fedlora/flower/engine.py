@@ -23,7 +23,8 @@ from typing import Any
 from fedlora.config import Config
 from fedlora.data import read_silos
 from fedlora.flower.project import write_project
-from fedlora.runlog import check_new, run_folder
+from fedlora.runlog import run_folder
+from fedlora.stopped import check_new
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",

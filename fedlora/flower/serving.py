@@ -25,9 +25,10 @@ from fedlora.privacy.plan import announce, merge_for
 from fedlora.recording import Job, recording
 from fedlora.resume import Resumed, find
 from fedlora.rules import get_rule
-from fedlora.runlog import check_new, read_id, run_folder
+from fedlora.runlog import read_id, run_folder
 from fedlora.server import rehearse
 from fedlora.settings import NO_EVALUATION
+from fedlora.stopped import check_new
 from fedlora.tables import label_ids, read_table
 
 log = logging.getLogger(__name__)
