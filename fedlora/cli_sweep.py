@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def sweep(
         return
 
     try:
-        with _Bar(console) as bar:
+        with Bar(console, folder) as bar:
             outcomes = run_sweep(planned, folder, jobs=jobs, watch=bar)
     except KeyboardInterrupt:
         again = "the same command goes on with it"
@@ -54,18 +53,17 @@ def sweep(
     _show(console, planned, folder, outcomes)
 
 
-class _Bar:
-    """A bar with the time left on a terminal; a line a run elsewhere."""
+class Bar:
+    """A bar with the time left on a terminal; there and elsewhere a line for each run."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True), TextColumn("left"), console=console,
-        )  # fmt: skip
+    def __init__(self, console: Console, folder: Path) -> None:
+        from fedlora.display import progress_bar
+
+        self.console, self.folder = console, folder
+        self.progress = progress_bar(console)
         self.task = self.progress.add_task("runs", total=None)
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> Bar:
         if self.console.is_terminal:
             self.progress.start()
         return self
@@ -74,18 +72,42 @@ class _Bar:
         self.progress.stop()
 
     def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
+        """Takes an event of the sweep up."""
         if event == "plan":
             self.progress.update(self.task, total=facts["trials"])
-            return
-        if event == "warning":
-            self.console.print(facts["text"], highlight=False, markup=False, soft_wrap=True)
-            return
-        self.progress.advance(self.task)
-        done, total = self.progress.tasks[0].completed, self.progress.tasks[0].total
-        if not facts["known"]:
-            text = f"{done:.0f}/{total:.0f}  {described(facts['trial'])}"
-            text += f": {facts['problem']}" if facts["problem"] else ""
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.progress.advance(self.task, 0)  # the pace is measured from here
+        elif event == "warning":
+            self._print(facts["text"])
+        elif facts["known"]:
+            self.progress.tasks[0].completed += 1  # tells nothing of the pace
+        else:
+            self.progress.advance(self.task)
+            self._print(self._line(facts["trial"], facts["problem"]))
+
+    def _line(self, trial: Trial, problem: str) -> str:
+        """How far the sweep is, what a run came to, and how long the rest will take."""
+        from fedlora.display import time_left
+
+        task = self.progress.tasks[0]
+        words = f"{described(trial)}: {problem or _outcome(self.folder, trial)}"
+        parts = [f"{task.completed:.0f}/{task.total:.0f}", words, time_left(self.progress)]
+        return "  ".join(part for part in parts if part)
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _outcome(folder: Path, trial: Trial) -> str:
+    """A finished run's accuracy: of its last round's held-out rows where it is for tuning."""
+    from fedlora.rundir import number
+    from fedlora.runlog import read_json
+    from fedlora.sweepdir import heldout_score, run_path
+
+    path = run_path(folder, trial.id)
+    if trial.tuning:
+        return f"held-out accuracy {heldout_score(path).accuracy:.1%}"
+    accuracy = number(read_json(path / "summary.json"), ("final", "accuracy"))
+    return f"accuracy {accuracy:.1%}" if math.isfinite(accuracy) else "ended"
 
 
 def described(trial: Trial) -> str:

@@ -68,6 +68,13 @@ def for_mode(config: Config, data: Data) -> tuple[Config, Data]:
     return replace(config, client=client, evaluate=evaluation), pooled
 
 
+def fits_per_round(config: Config, clients: int) -> int:
+    """How many of `for_mode`'s clients train in a round."""
+    if config.run.mode != "federated":
+        return clients
+    return round_size(clients, config.merge.participation)
+
+
 def steps(
     config: Config,
     fit: Fit,

@@ -26,7 +26,7 @@ from fedlora.digests import data_record
 from fedlora.evaluate import Scores, evaluate, evaluate_with_part
 from fedlora.files import locked, write_text
 from fedlora.model import Model, base_count, save_adapter, save_merged, write_adapter
-from fedlora.modes import GLOBAL, Step, for_mode, loop_adapters
+from fedlora.modes import GLOBAL, Step, fits_per_round, for_mode, loop_adapters
 from fedlora.privacy.ledger import LEDGERS, close_all, heads
 from fedlora.privacy.plan import hides_evaluation
 from fedlora.privacy.statement import card_section, write_statement
@@ -127,9 +127,16 @@ def _rounds(
     job: Job, watch: Watch, sizes: Mapping[str, Any], place: Mapping[str, Any]
 ) -> Iterator[Note]:
     """As `recording`, in a directory that is there and this process's own."""
-    facts = {"folder": job.folder, "clients": sizes, "rounds": job.config.run.rounds}
-    watch("start", {**facts, "notes": _notes(job, sizes, place)})
     config, data = for_mode(job.config, job.data)
+    checkpoint = job.resumed.checkpoint if job.resumed else None
+    facts = {
+        "folder": job.folder,
+        "clients": sizes,
+        "rounds": config.run.rounds,
+        "done": checkpoint.round if checkpoint else 0,
+        "fits": fits_per_round(config, len(data.rows)),
+    }
+    watch("start", {**facts, "notes": _notes(job, sizes, place)})
     done, began = _begun(job), perf_counter()
 
     def note(step: Step | None) -> None:

@@ -60,6 +60,15 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "sweep_report"),
     ("any-rise-is-overfitting", "sweep_report/words.py", "rises[most].half <= RISE",
      "rises[most].half <= -1", "noise of the seeds is called overfitting", "sweep_report"),
+    ("pace-of-30-seconds", "display.py", "speed_estimate_period=math.inf",
+     "speed_estimate_period=30.0", "no time left where a run takes a minute", "display"),
+    ("bar-from-zero", "display.py", 'completed=facts["done"] * self.fits', "completed=0",
+     "a resumed run seems to begin anew", "display"),
+    ("who-sits-out-is-waited-for", "modes.py",
+     "return round_size(clients, config.merge.participation)\n\n\ndef steps",
+     "return clients\n\n\ndef steps", "the time left is that of all clients", "display"),
+    ("finished-runs-set-the-pace", "cli_sweep.py", "self.progress.tasks[0].completed += 1",
+     "self.progress.advance(self.task)", "a sweep that goes on is done in no time", "display"),
 ]]
 # fmt: on
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,6 +97,10 @@ def test_a_sweep_runs_what_is_missing_and_chooses_on_held_out_rows(
         ("fra", 0, False), ("fra", 1, False), ("alone", 0, False), ("alone", 1, False),
     ]  # fmt: skip
     assert {n: (run_path(out, n) / "summary.json").stat().st_mtime_ns for n in known} == times
+    first, *_ = re.findall(r"1/6  fra, client.lr 1e-05, seed 1000, tuning: (.*)", log.read_text())
+    assert re.fullmatch(r"held-out accuracy \d+\.\d%  about \d+ min left", first)
+    *_, last = re.findall(r"6/6  .*, seed [01]: (.*)", done.stdout)
+    assert re.fullmatch(r"accuracy \d+\.\d%", last)
 
     tuning = [entry for entry in found.entries if entry.tuning]
     scores = {e.grid["client.lr"]: by_hand(run_path(out, e.id)) for e in tuning}
