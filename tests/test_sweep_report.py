@@ -563,6 +563,14 @@ def test_a_case_without_runs_is_named_and_the_others_are_shown(tmp_path):
     assert "sst-2-iid-final" in page.slugs
 
 
+def test_a_sweep_of_one_case_without_a_name_speaks_of_none(tmp_path):
+    folder = make_sweep(tmp_path / "s", METHODS, known_lines, cases=("",))
+    text = Read(folder).text
+    assert "results" not in text.lower()
+    assert "Highest mean accuracy of 3 federated methods: fra" in text
+    assert "Accuracy by round" in text
+
+
 def test_a_baseline_without_runs_leaves_differences_out(tmp_path):
     def lines(method, case, seed):
         return None if method == "fedavg" else known_lines(method, case, seed)

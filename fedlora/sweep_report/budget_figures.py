@@ -115,7 +115,7 @@ def _error_picture(case: Case) -> Picture | None:
         "has a scale of its own."
     )
     return Picture(
-        f"{case.slug}-budget", f"Error budget, {case.title}", caption,
+        f"{case.slug}-budget", case.entitled("Error budget"), caption,
         [panel(arm) for arm in arms],
         [("merge error, in the method's colour", look), *(ERRORS[part] for part in shown)],
     )  # fmt: skip
@@ -143,7 +143,7 @@ def _heat_picture(case: Case) -> Picture | None:
     )
     tall = max(len(names) for _, names, *_ in grids.values())
     return Picture(
-        f"{case.slug}-tail", f"What the model lacks, by layer and round, {case.title}", caption,
+        f"{case.slug}-tail", case.entitled("What the model lacks, by layer and round"), caption,
         [panel(*grid) for grid in grids.values()], height=min(5.0, 1.6 + 0.16 * tall),
     )  # fmt: skip
 
@@ -190,7 +190,7 @@ def _change_picture(case: Case) -> Picture | None:
         f"{seed_span([len(arm.runs) for arm in arms])}."
     )
     return Picture(
-        f"{case.slug}-changes", f"What clients changed, {case.title}", caption,
+        f"{case.slug}-changes", case.entitled("What clients changed"), caption,
         [panel(arm) for arm in arms], legend,
     )  # fmt: skip
 
@@ -215,7 +215,7 @@ def _space_picture(case: Case) -> Picture | None:
         f"{seed_span([len(arm.runs) for arm in arms])}, bands 95 % intervals."
     )
     return Picture(
-        f"{case.slug}-space", f"Rank and turning of the adapter, {case.title}", caption,
+        f"{case.slug}-space", case.entitled("Rank and turning of the adapter"), caption,
         panels, legend_of(arms),
     )  # fmt: skip
 

@@ -78,6 +78,15 @@ class Case:
         """The title with a capital."""
         return self.title[:1].upper() + self.title[1:]
 
+    def entitled(self, text: str) -> str:
+        """The title of a figure, with the case's name where it has one."""
+        return f"{text}, {self.name}" if self.name else text
+
+    def opening(self, text: str) -> str:
+        """A sentence that says which case it is about, where that has a name."""
+        sentence = f"{self.name}: {text}" if self.name else text
+        return sentence[:1].upper() + sentence[1:]
+
     @property
     def there(self) -> list[Arm]:
         """The methods with at least one finished run."""

@@ -57,7 +57,7 @@ def final_picture(case: Case, baseline: str, versus: Sequence[Versus]) -> Pictur
         "may miss 0 by chance, which p (Holm) in the table allows for."
     )
     return Picture(
-        f"{case.slug}-final", f"Final accuracy, {case.title}", caption, panels,
+        f"{case.slug}-final", case.entitled("Final accuracy"), caption, panels,
         height=row_height(arms),
     )  # fmt: skip
 
@@ -94,7 +94,7 @@ def cost_picture(case: Case) -> Picture:
         "intervals, on the machine that the runs were made on."
     )
     return Picture(
-        f"{case.slug}-cost", f"Communication and server time, {case.title}", caption,
+        f"{case.slug}-cost", case.entitled("Communication and server time"), caption,
         [Panel("Sent in a run", traffic), Panel("Server time", server)],
         height=row_height(arms) + 0.3,
     )  # fmt: skip
@@ -134,7 +134,7 @@ def tuning_picture(case: Case) -> Picture | None:
         f"evaluation set had no part in it.{several}"
     )
     return Picture(
-        f"{case.slug}-tuning", f"Sensitivity to tuned settings, {case.title}", caption,
+        f"{case.slug}-tuning", case.entitled("Sensitivity to tuned settings"), caption,
         [panel(key) for key in keys], legend_of(arms),
     )  # fmt: skip
 

@@ -67,7 +67,7 @@ def accuracy_picture(case: Case, rolling: int) -> Picture:
         "cut where they leave the panel."
     )
     return Picture(
-        f"{case.slug}-accuracy", f"Accuracy by round, {case.title}", caption,
+        f"{case.slug}-accuracy", case.entitled("Accuracy by round"), caption,
         [panel(arm) for arm in arms], _client_legend(apart),
     )  # fmt: skip
 
@@ -110,7 +110,7 @@ def early_picture(case: Case, target: float, rolling: int) -> Picture:
         Panel("Rounds to the target", when),
     ]
     return Picture(
-        f"{case.slug}-early", f"Early convergence, {case.title}", caption, panels, legend_of(arms)
+        f"{case.slug}-early", case.entitled("Early convergence"), caption, panels, legend_of(arms)
     )
 
 
@@ -146,7 +146,7 @@ def loss_picture(case: Case, rolling: int) -> Picture:
     legend = [*legend_of(arms), ("training loss", TRAINING)]
     panels = [Panel("Gap: evaluation minus training", gap), *(panel(arm) for arm in arms)]
     return Picture(
-        f"{case.slug}-loss", f"Training and evaluation loss, {case.title}", caption, panels, legend
+        f"{case.slug}-loss", case.entitled("Training and evaluation loss"), caption, panels, legend
     )
 
 

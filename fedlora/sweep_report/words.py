@@ -32,10 +32,10 @@ def case_summary(case: Case, baseline: str, share: float) -> str:
     scored = [arm for arm in case.there if math.isfinite(final(arm).mean)]
     rivals = [arm for arm in scored if arm.mode == "federated"] or scored
     if not rivals:
-        return f"{case.heading}: no run with a final score is there."
+        return case.opening("no run with a final score is there.")
     best = max(rivals, key=lambda arm: final(arm).mean)
     kind = "federated methods" if best.mode == "federated" else "methods"
-    lead = f"{case.heading}: highest mean accuracy of {len(rivals)} {kind}: {_scored(best)}."
+    lead = case.opening(f"highest mean accuracy of {len(rivals)} {kind}: {_scored(best)}.")
     lines = [lead]
     versus = {one.arm.method: one for one in compared(case, baseline)}
     if best.method in versus:
