@@ -46,7 +46,7 @@ def final_picture(case: Case, baseline: str, versus: Sequence[Versus]) -> Pictur
             interval(ax, 100 * found.mean, 100 * found.half, place, arm_style(one.arm))
         label_axes(ax, "percentage points")
 
-    panels = [Panel("Final accuracy", finals)]
+    panels = [Panel("Mean and seeds", finals)]
     if versus:
         panels.append(Panel(f"Minus {baseline}, paired by seed", differences))
     caption = (
