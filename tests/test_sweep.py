@@ -79,13 +79,13 @@ def test_a_sweep_runs_what_is_missing_and_chooses_on_held_out_rows(
         while "2/6" not in log.read_text():
             assert process.poll() is None, log.read_text()
             time.sleep(0.2)
-        time.sleep(1)
+        process.send_signal(signal.SIGSTOP)  # its worker ends what it has, and begins no more
         second = said(file, "--out", out)
         assert (second.returncode, "in use by another process" in second.stderr) == (2, True)
         process.send_signal(signal.SIGKILL)
         process.wait()
     known = {path.parent.name for path in out.glob("runs/*/summary.json")}
-    assert len(known) in (2, 3)
+    assert 2 <= len(known) < 6
     times = {name: (run_path(out, name) / "summary.json").stat().st_mtime_ns for name in known}
     time.sleep(2)  # its worker has noticed
 
