@@ -134,7 +134,7 @@ def _steps(trial: Trial) -> int | None:
 
     Those of `central` are as many batches of a client's size as the clients would take.
     """
-    from fedlora.settings import round_size
+    from fedlora.modes import fits_per_round
 
     run, client = trial.config.run, trial.config.client
     if client.epochs:
@@ -142,10 +142,7 @@ def _steps(trial: Trial) -> int | None:
     named, partition = len(trial.config.data.clients), trial.config.partition
     if not named and partition.by == "column":
         return None
-    clients = named or partition.clients
-    if run.mode == "federated":
-        clients = round_size(clients, trial.config.merge.participation)
-    return run.rounds * client.steps * clients
+    return run.rounds * client.steps * fits_per_round(trial.config, named or partition.clients)
 
 
 def _show(console: Console, sweep: Sweep, folder: Path, outcomes: Sequence[Outcome]) -> None:

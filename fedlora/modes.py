@@ -69,7 +69,7 @@ def for_mode(config: Config, data: Data) -> tuple[Config, Data]:
 
 
 def fits_per_round(config: Config, clients: int) -> int:
-    """How many of `for_mode`'s clients train in a round."""
+    """How many of so many clients train in a round: all of them but in a federation."""
     if config.run.mode != "federated":
         return clients
     return round_size(clients, config.merge.participation)

@@ -6,7 +6,6 @@ import os
 import shlex
 from pathlib import Path
 
-from fedlora.config import Config
 from fedlora.files import check_free
 from fedlora.privacy.reserve import configured_clients, shortage
 from fedlora.runlog import CHECKPOINTS, has_ended, read_config
@@ -19,7 +18,7 @@ def stopped_line(folder: Path) -> str:
     kept = [int(path.stem[6:]) for path in (folder / CHECKPOINTS).glob("round-*.ckpt")]
     done, again = max(kept, default=0), f"fedlora run --resume {shlex.quote(str(folder))}"
     stopped = f"{folder} stopped after round {done}"
-    reason = _unpayable(folder, read_config(folder), done + 1)
+    reason = _unpayable(folder, done + 1)
     if not reason:
         return f"{stopped}: go on with `{again}`"
     if (folder / "adapter").is_dir():
@@ -41,7 +40,8 @@ def check_new(folder: Path) -> None:
         raise ValueError(f"run directory {folder} cannot be made: {there} takes no new folder")
 
 
-def _unpayable(folder: Path, config: Config, round: int) -> str:
+def _unpayable(folder: Path, round: int) -> str:
     """Why the round of a private run cannot be paid for; empty where it can, or nobody can tell."""
+    config = read_config(folder)
     clients = configured_clients(config, folder)
     return shortage(config, clients, folder, round) if clients else ""

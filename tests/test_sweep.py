@@ -75,18 +75,21 @@ def test_a_sweep_runs_what_is_missing_and_chooses_on_held_out_rows(
     out = tmp_path / "sweep"
     log = tmp_path / "log"
     with log.open("w") as stream:
-        process = subprocess.Popen(command(file, "--out", out), stdout=stream, stderr=stream)
+        process = subprocess.Popen(
+            command(file, "--out", out), stdout=stream, stderr=stream, start_new_session=True
+        )
         while "2/6" not in log.read_text():
             assert process.poll() is None, log.read_text()
             time.sleep(0.2)
-        process.send_signal(signal.SIGSTOP)  # its worker ends what it has, and begins no more
+        os.killpg(process.pid, signal.SIGSTOP)  # its worker too: nothing more ends meanwhile
         second = said(file, "--out", out)
         assert (second.returncode, "in use by another process" in second.stderr) == (2, True)
         process.send_signal(signal.SIGKILL)
         process.wait()
     known = {path.parent.name for path in out.glob("runs/*/summary.json")}
-    assert 2 <= len(known) < 6
+    assert len(known) in (2, 3)
     times = {name: (run_path(out, name) / "summary.json").stat().st_mtime_ns for name in known}
+    os.killpg(process.pid, signal.SIGCONT)
     time.sleep(2)  # its worker has noticed
 
     done = said(file, "--out", out, "--jobs", 2)
