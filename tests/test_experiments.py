@@ -1,16 +1,22 @@
-"""The experiments that are written down can be read: every config of every one is valid."""
+"""The experiments that are written down: every config is valid, every kept figure can be redone."""
 
 from __future__ import annotations
 
+import math
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 from fedlora.config import load_config
 from fedlora.privacy.plan import check
 from fedlora.sweep_plan import load_sweep
 
-FILES = sorted((Path(__file__).parents[1] / "experiments").glob("*.toml"))
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+FILES = sorted(EXPERIMENTS.glob("*.toml"))
 RUNS = ("public",)  # single runs that a sweep begins with
 
 
@@ -46,3 +52,40 @@ def test_an_experiment_names_its_command_and_its_cost(file: Path) -> None:
     head = file.read_text().partition("[run]")[0]
     assert f"fedlora sweep experiments/{file.name}" in head
     assert "CPU-hours" in head
+
+
+def test_the_table_of_exactness_is_that_of_the_results_that_are_kept(tmp_path: Path) -> None:
+    done = ran("exactness.py", "--out", tmp_path / "figure.png")
+    page = (EXPERIMENTS.parent / "docs/experiments.md").read_text()
+    table = [line for line in done.splitlines() if line.startswith("|")]
+    assert "\n".join(table) in page
+    assert len(table) == 2 + 7
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_ties_of_made_up_runs(tmp_path: Path) -> None:
+    """Accuracy falls as the error grows; seeds differ by more than methods do."""
+    script = runpy.run_path(str(EXPERIMENTS / "exactness.py"))
+    points = [
+        script["Point"](
+            f"m{method}", "fra", str(seed), 10.0**-method, 0.5 + 0.01 * method + 0.1 * seed
+        )
+        for method in range(5)
+        for seed in range(3)
+    ]
+    found = script["tie"](points)
+    assert (found.runs, found.methods) == (15, 5)
+    assert found[2:] == pytest.approx((-1, -1, 2 / 120))
+
+
+def test_a_sweeps_table_is_kept_without_what_has_not_ended(tmp_path: Path) -> None:
+    rows = {"id": ["a", "b"], "case": [None, "x"], "accuracy": [0.80504587, math.nan],
+            "seed": [1, 2], "finished": [True, False], "path": ["runs/a", "runs/b"]}  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "results.parquet")
+    assert "1 of 2 runs" in ran("collect.py", tmp_path, tmp_path / "kept.csv")
+    assert (tmp_path / "kept.csv").read_text() == "id,case,accuracy,seed\na,,0.805046,1\n"
+
+
+def ran(script: str, *arguments: object) -> str:
+    words = [sys.executable, str(EXPERIMENTS / script), *map(str, arguments)]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
