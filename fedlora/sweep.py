@@ -22,6 +22,7 @@ from fedlora.files import locked
 from fedlora.runlog import read_json
 from fedlora.sweep_plan import Sweep, Trial
 from fedlora.sweepdir import (
+    PLAN,
     Entry,
     arrow,
     heldout_score,
@@ -68,6 +69,8 @@ def _run_planned(sweep: Sweep, folder: Path, jobs: int, watch: Watch) -> list[Ou
     tuning = [sweep.tuning_trials(*group) for group in sweep.groups]
     first = [trial for trials in tuning for trial in trials]
     watch("plan", {"trials": len(first) + len(sweep.groups) * len(sweep.seeds)})
+    if first and not (folder / PLAN).exists():  # what has been chosen before stays in it
+        write_plan(folder, sweep.name, _entries(first))
     outcomes = _run_all(first, folder, jobs, watch)
     failed = {outcome.trial.id for outcome in outcomes if outcome.problem}
     chosen = [
@@ -227,11 +230,15 @@ def _problem(future: Future[None]) -> str:
 
 def _write(sweep: Sweep, folder: Path, trials: Sequence[Trial]) -> None:
     """The plan with what was chosen, and the table of results."""
-    entries = [
+    entries = _entries(trials)
+    write_plan(folder, sweep.name, entries)
+    write_results(folder, entries)
+
+
+def _entries(trials: Sequence[Trial]) -> list[Entry]:
+    return [
         Entry(
             trial.id, trial.method, trial.case, trial.seed, trial.tuning,
             dict(trial.varied), dict(trial.grid),
         ) for trial in trials
     ]  # fmt: skip
-    write_plan(folder, sweep.name, entries)
-    write_results(folder, entries)

@@ -22,6 +22,7 @@ from fedlora.resume import refuse_changes
 from fedlora.run import execute, prepare
 from fedlora.sweep import _problem, best_point
 from fedlora.sweep_plan import Trial, load_sweep
+from fedlora.sweep_report.write import sweep_report
 from fedlora.sweepdir import Score, heldout_score, is_finished, read_sweep, run_path
 
 pytest_plugins = ["tiny"]
@@ -158,7 +159,9 @@ def test_a_killed_worker_ends_the_sweep_and_no_choice_is_made_without_its_run(
         assert process.wait(timeout=60) == 2
     assert "was killed, perhaps for memory" in log.read_text()
     assert not is_finished(run)
-    assert not (out / "sweep.json").exists()
+    assert [entry.tuning for entry in read_sweep(out).entries] == [True] * 2
+    with pytest.raises(ValueError, match=r"not chosen yet \(0 of 2 tuning runs have ended\)"):
+        sweep_report(out)
 
 
 def cmdline(pid: str) -> bytes:

@@ -69,7 +69,7 @@ def sweep_report(folder: Path, out: Path | None = None, choices: Choices | None 
     sweep = read_sweep(folder)
     cases = read_cases(sweep)
     if not any(case.there for case in cases):
-        raise ValueError(f"no run of the sweep {folder} that counts has ended yet: run it first")
+        raise ValueError(_nothing_yet(sweep))
     baseline = _baseline(sweep, chosen)
     sections = [_case_section(sweep, case, baseline, chosen) for case in cases]
     private = privacy_section(cases, _varied(sweep))
@@ -77,6 +77,13 @@ def sweep_report(folder: Path, out: Path | None = None, choices: Choices | None 
     full = [section for section in sections if section.blocks or section.sections]
     summary, command = _summary(cases, baseline, chosen), _command(folder, out, chosen)
     return Report(f"Sweep {sweep.name}", summary, full, command)
+
+
+def _nothing_yet(sweep: SweepRuns) -> str:
+    if all(entry.tuning for entry in sweep.entries):
+        done = f"{len(sweep.runs)} of {len(sweep.entries)} tuning runs have ended"
+        return f"the settings of the sweep {sweep.folder} are not chosen yet ({done}): run it first"
+    return f"no run of the sweep {sweep.folder} that counts has ended yet: run it first"
 
 
 def _baseline(sweep: SweepRuns, chosen: Choices) -> str:
