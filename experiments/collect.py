@@ -14,6 +14,8 @@ from typing import Any
 
 import pyarrow.parquet
 
+from fedlora.sweepdir import read_sweep, write_results
+
 DROPPED = ("finished", "path")
 
 
@@ -22,7 +24,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("sweep", type=Path, help="folder of the sweep")
     parser.add_argument("table", type=Path, help=".csv to write")
     given = parser.parse_args(arguments)
-    rows = pyarrow.parquet.read_table(given.sweep / "results.parquet").to_pylist()
+    results = write_results(given.sweep, read_sweep(given.sweep).entries)  # as it stands now
+    rows = pyarrow.parquet.read_table(results).to_pylist()
     columns = [column for column in rows[0] if column not in DROPPED]
     ended = [row for row in rows if row["finished"]]
     with given.table.open("w", newline="") as stream:

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from fedlora.canvas import GREY, Axes, Figure, line_style, new_figure, save_figure, tidy
+from fedlora.rundir import EXACT
 from fedlora.significance import centred, rank_correlation
 
 HERE = Path(__file__).parent
@@ -35,7 +36,6 @@ KINDS = {
     "one factor at a time": ("ffa", "rolora", "fedsvd", "fedsa"),
     "others": ("raflora", "hetlora", "fedmomentum"),
 }
-EXACT = 1e-6  # relative: what is below it is the rounding of float32
 
 
 class Point(NamedTuple):

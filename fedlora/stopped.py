@@ -15,8 +15,7 @@ def stopped_line(folder: Path) -> str:
     """After which round a run stopped, and what can be done: the command that goes on with it, or
     why a private run has nothing left to spend, and where its result is.
     """
-    kept = [int(path.stem[6:]) for path in (folder / CHECKPOINTS).glob("round-*.ckpt")]
-    done, again = max(kept, default=0), f"fedlora run --resume {shlex.quote(str(folder))}"
+    done, again = _rounds_done(folder), f"fedlora run --resume {shlex.quote(str(folder))}"
     stopped = f"{folder} stopped after round {done}"
     reason = _unpayable(folder, done + 1)
     if not reason:
@@ -38,6 +37,17 @@ def check_new(folder: Path) -> None:
     there = next(parent for parent in folder.absolute().parents if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"run directory {folder} cannot be made: {there} takes no new folder")
+
+
+def check_goes_on(folder: Path) -> None:
+    """ValueError where a stopped private run has nothing left to spend on its next round."""
+    if reason := _unpayable(folder, _rounds_done(folder) + 1):
+        raise ValueError(reason)
+
+
+def _rounds_done(folder: Path) -> int:
+    kept = [int(path.stem[6:]) for path in (folder / CHECKPOINTS).glob("round-*.ckpt")]
+    return max(kept, default=0)
 
 
 def _unpayable(folder: Path, round: int) -> str:

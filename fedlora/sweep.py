@@ -52,8 +52,9 @@ def run_sweep(
     held-out training rows (ties: the lower loss, then the earlier value) are taken for that method
     and case; a value that failed on any of them is out. A run that fails is named and the others go
     on. Whatever interrupts a sweep, the same call goes on with it and loses at most a round of each
-    run: an OSError or MemoryError in a run, and ChildProcessError where its process was killed,
-    since these say nothing about its settings. ValueError, before anything runs, for bad data.
+    run: an OSError in a run, and ChildProcessError where its process was killed, had too little
+    memory or cannot go on from where it stopped, since these say nothing about its settings.
+    ValueError, before anything runs, for bad data.
     Events: `plan` with the number of trials, `ended` for each (`known`: it was there already),
     `warning` with a `text` where finished runs were made with other data than is there now.
     """
@@ -192,7 +193,8 @@ def _leave_with(parent: int) -> None:
 def _work(flat: Flat, out: str, threads: int, code: str) -> None:
     """One trial in a worker: begun, or gone on with where it was stopped.
 
-    ChildProcessError where the rule's file is not the code that the trial is named by.
+    ChildProcessError where the rule's file is not the code that the trial is named by, and where a
+    stopped run cannot go on.
     """
     import torch
 
@@ -200,6 +202,7 @@ def _work(flat: Flat, out: str, threads: int, code: str) -> None:
     from fedlora.resume import find
     from fedlora.rules import is_file
     from fedlora.run import execute, prepare
+    from fedlora.stopped import check_goes_on
 
     rule = str(flat["merge.rule"])
     if is_file(rule):
@@ -209,7 +212,12 @@ def _work(flat: Flat, out: str, threads: int, code: str) -> None:
     config, resumed = make_config({**flat, "run.out": out}), None
     torch.set_num_threads(config.run.threads or threads)
     if Path(out).exists():
-        config, resumed = find(Path(out), config)
+        try:
+            config, resumed = find(Path(out), config)
+            check_goes_on(Path(out))
+        except ValueError as error:  # says nothing about its settings either
+            remedy = f"set that right, or remove {out} to have it made anew"
+            raise ChildProcessError(f"a stopped run cannot go on: {error}; {remedy}") from error
     execute(prepare(config, resumed))
 
 
@@ -218,14 +226,20 @@ def _problem(future: Future[None]) -> str:
     error = future.exception()
     if error is None:
         return ""
+    again = "the same command goes on, with fewer --jobs if need be"
     if isinstance(error, BrokenProcessPool):  # says nothing about the run: choose by no such result
-        raise ChildProcessError(
-            "a run's process was killed, perhaps for memory: the same command goes on, with fewer "
-            "--jobs if need be"
-        )
-    if isinstance(error, OSError | MemoryError):  # nor does a full disk
+        raise ChildProcessError(f"a run's process was killed, perhaps for memory: {again}")
+    if _is_memory(error):
+        raise ChildProcessError(f"a run had too little memory: {again} ({error})")
+    if isinstance(error, OSError):  # nor does a full disk
         raise error
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_memory(error: BaseException) -> bool:
+    """Whether memory ran out; on CPUs torch has no type of its own for it."""
+    named = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return named or isinstance(error, MemoryError)
 
 
 def _write(sweep: Sweep, folder: Path, trials: Sequence[Trial]) -> None:

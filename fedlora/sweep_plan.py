@@ -148,7 +148,9 @@ def load_sweep(
             raise ValueError(f"[sweep] has no {key!r}{hint}; it takes {', '.join(KEYS)}")
     shared = anchored(flattened(tables), path.parent)
     shared |= anchored(parse_overrides(overrides), Path.cwd())
-    tune = [str(key) for key in own.get("tune", [])]
+    tune = own.get("tune", [])
+    if not isinstance(tune, list) or not all(isinstance(key, str) for key in tune):
+        raise ValueError(f'{path}: sweep.tune = {tune!r} is no list of settings: ["client.lr"]')
     sweep = Sweep(
         str(own.get("name", path.stem)),
         shared,

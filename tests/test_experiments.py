@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import csv
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import pyarrow.parquet
 import pytest
+from made_sweeps import make_sweep, rising
 
 from fedlora.config import load_config
 from fedlora.privacy.plan import check
@@ -78,12 +79,23 @@ def test_ties_of_made_up_runs(tmp_path: Path) -> None:
     assert found[2:] == pytest.approx((-1, -1, 2 / 120))
 
 
-def test_a_sweeps_table_is_kept_without_what_has_not_ended(tmp_path: Path) -> None:
-    rows = {"id": ["a", "b"], "case": [None, "x"], "accuracy": [0.80504587, math.nan],
-            "seed": [1, 2], "finished": [True, False], "path": ["runs/a", "runs/b"]}  # fmt: skip
-    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "results.parquet")
-    assert "1 of 2 runs" in ran("collect.py", tmp_path, tmp_path / "kept.csv")
-    assert (tmp_path / "kept.csv").read_text() == "id,case,accuracy,seed\na,,0.805046,1\n"
+def test_a_sweeps_table_is_kept_as_it_stands_without_what_has_not_ended(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "sweep", {"fra": {"merge.rule": "fra"}}, ended, cases=("", "x"))
+    assert "4 of 6 runs" in ran("collect.py", folder, tmp_path / "kept.csv")
+    with (tmp_path / "kept.csv").open(newline="") as stream:
+        kept = list(csv.DictReader(stream))
+    assert [(row["case"], row["seed"]) for row in kept] == [
+        ("", "0"),
+        ("", "2"),
+        ("x", "0"),
+        ("x", "2"),
+    ]
+    assert {row["accuracy"] for row in kept} == {"0.812346"}
+    assert not {"finished", "path"} & set(kept[0])
+
+
+def ended(method: str, case: str, seed: int) -> list[dict[str, Any]] | None:
+    return None if seed == 1 else rising(0.81234567)
 
 
 def ran(script: str, *arguments: object) -> str:

@@ -8,19 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 import pytest
+import torch
 from bench import adapter_bytes, records
 from tiny import toy_config, toy_rows, write_csv
 
 from fedlora.config import make_config
 from fedlora.resume import refuse_changes
 from fedlora.run import execute, prepare
-from fedlora.sweep import _problem, best_point
+from fedlora.sweep import _problem, _work, best_point
 from fedlora.sweep_plan import Trial, load_sweep
 from fedlora.sweep_report.write import sweep_report
 from fedlora.sweepdir import Score, heldout_score, is_finished, read_sweep, run_path
@@ -278,8 +280,62 @@ def test_a_renamed_method_goes_on_with_its_stopped_runs() -> None:
         refuse_changes(Path("run"), config, make_config({"client.lr": 2e-3}))
 
 
-def test_a_full_disk_is_no_result_of_a_run() -> None:
+def ended_by(error: Exception) -> Future[None]:
     future: Future[None] = Future()
-    future.set_exception(OSError(28, "No space left on device"))
+    future.set_exception(error)
+    return future
+
+
+def test_a_full_disk_is_no_result_of_a_run() -> None:
     with pytest.raises(OSError, match="No space left"):
-        _problem(future)
+        _problem(ended_by(OSError(28, "No space left on device")))
+
+
+@pytest.mark.parametrize("kind", ["gpu", "cpu", "python"])
+def test_nor_is_want_of_memory(kind: str) -> None:
+    error: Exception = MemoryError("all is taken")
+    if kind == "gpu":
+        error = torch.OutOfMemoryError("CUDA out of memory")
+    if kind == "cpu":
+        with pytest.raises(RuntimeError) as raised:
+            torch.empty(10**15)
+        error = raised.value
+    told = rf"too little memory.*fewer --jobs.*{re.escape(str(error)[:9])}"
+    with pytest.raises(ChildProcessError, match=told):
+        _problem(ended_by(error))
+
+
+def test_what_training_raises_is_the_runs_own_problem() -> None:
+    assert _problem(ended_by(RuntimeError("shapes\ndiffer"))) == "shapes differ"
+    assert _problem(ended_by(ValueError())) == "ValueError"
+
+
+def test_nor_is_a_stopped_run_that_cannot_go_on(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Its rows are other ones now: that must not count against its learning rate."""
+    rows = write_csv(tmp_path / "rows.csv", toy_rows(60))
+    config = toy_config(tiny("bert"), str(rows), run__out=str(tmp_path / "run"), run__rounds=1)
+    execute(prepare(config))
+    (tmp_path / "run" / "summary.json").unlink()
+    write_csv(rows, toy_rows(50))
+    with pytest.raises(ChildProcessError, match=r"cannot go on: .*other data.*or remove .*run to"):
+        _work(config.flat(), str(tmp_path / "run"), 1, "")
+
+
+def test_nor_is_a_private_run_that_stopped_and_has_nothing_left_to_spend(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def watch(event: str, facts: Mapping[str, Any]) -> None:
+        if event == "fitted":
+            raise KeyboardInterrupt
+
+    config = toy_config(
+        tiny("bert"), str(write_csv(tmp_path / "rows.csv", toy_rows(60))), run__rounds=1,
+        run__out=str(tmp_path / "run"), privacy__unit="example", privacy__delta=1e-3,
+        privacy__share_metrics=True,
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        execute(prepare(config), watch)
+    with pytest.raises(ChildProcessError, match=r"cannot pay for it.*or remove .*run to"):
+        _work(config.flat(), str(tmp_path / "run"), 1, "")

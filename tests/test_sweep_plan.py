@@ -192,6 +192,8 @@ def test_shared_settings_may_be_changed_from_outside(tmp_path: Path) -> None:
         ("[sweep]", "at least one ..sweep.methods"),
         ("[sweep]\nmethods = 3", "must be a list of tables"),
         ("[sweep]\ntune = ['client.batch']" + METHODS, "'client.batch', but no method lists"),
+        ("[sweep]\ntune = 'client.lr'" + METHODS, r"'client.lr' is no list of settings: \["),
+        ("[sweep]\ntune = 5" + METHODS, "sweep.tune = 5 is no list"),
         ("[sweep]\nseeds = [1000]\ntune = ['client.lr']" + METHODS, "seed 1000 is in seeds and"),
         ("[sweep]\n[[sweep.methods]]\nmerge.rule = 'fro'", "unknown rule 'fro'"),
         ("[sweep]\n[[sweep.methods]]\nclient.learning = 3", "unknown setting 'client.learning'"),

@@ -244,6 +244,7 @@ def test_a_tuning_run_that_failed_is_told_and_its_value_is_no_edge(tmp_path):
     (run_path(folder, lost.id) / "summary.json").unlink()
     page = Read(folder)
     assert "fra, balanced: 1 of 3 tuning runs have no score" in page.text
+    assert "Not complete" not in page.text
     assert ["fra", "client.lr", "0.001, 0.002, 0.004", "0.002", "no"] in page.rows
 
 
@@ -523,6 +524,38 @@ def test_an_early_merge_counts_however_exact_the_later_ones_are(tmp_path):
     case = the_case(folder)
     assert [mean_error(arm.all[0]) for arm in case.there] == pytest.approx([1e-6, 0.1, 0.05])
     assert exactness(case).rho_methods == pytest.approx(0.5)
+
+
+def test_pairs_that_do_not_vary_have_an_interval_and_no_p(tmp_path):
+    def lines(method, case, seed):
+        return rising(0.8 + seed / 100 + (0.01 if method == "fra" else 0.0))
+
+    text = Read(make_sweep(tmp_path / "s", METHODS, lines, seeds=range(5))).text
+    assert "+1.00 points (95 % interval +1.00 to +1.00); the pairs do not vary" in text
+
+
+def test_methods_are_tied_over_the_seeds_that_all_of_them_have(tmp_path):
+    """Accuracy rises with the error; seed 1 is easier for all, and half of the methods lack it."""
+    methods = {f"m{place}": {} for place in range(4)}
+
+    def lines(method, case, seed):
+        place = int(method[1])
+        if seed == 1 and place > 1:
+            return None
+        return [line(0, 0.5), line(1, 0.6 + 0.01 * place + 0.2 * seed, error=0.01 * (place + 1))]
+
+    tie = exactness(the_case(make_sweep(tmp_path / "s", methods, lines, seeds=(0, 1))))
+    assert (tie.runs, tie.methods) == (4, 4)
+    assert (tie.rho, tie.rho_methods) == pytest.approx((1, 1))
+
+
+def test_methods_without_a_common_seed_are_not_tied(tmp_path):
+    def lines(method, case, seed):
+        return rising(0.8) if seed == int(method[1]) else None
+
+    folder = make_sweep(tmp_path / "s", {f"m{seed}": {} for seed in range(3)}, lines)
+    assert exactness(the_case(folder)).runs == 0
+    assert Read(folder).text
 
 
 def test_one_seed_has_no_interval_and_no_test(tmp_path):

@@ -178,10 +178,11 @@ def mean_error(run: Run) -> float:
 def exactness(case: Case) -> Tie:
     """How merge error (mean over rounds) and final accuracy go together within the case.
 
-    Over runs: Spearman's correlation after each seed's mean is taken off both (the error as a
-    logarithm, what is exact up to rounding counted as equal). Runs of one method are much alike, so
-    only the correlation of the methods' means carries a p value, and that counts methods as
-    independent, which variants of one rule are not.
+    Of the seeds that all its methods have, so that no method stands for easy seeds. Over runs:
+    Spearman's correlation after each seed's mean is taken off both (the error as a logarithm, what
+    is exact up to rounding counted as equal). Runs of one method are much alike, so only the
+    correlation of the methods' means carries a p value, and that counts methods as independent,
+    which variants of one rule are not.
     """
     rows = [
         (arm.method, seed, math.log10(mean_error(arm.runs[seed])), value)
@@ -190,6 +191,9 @@ def exactness(case: Case) -> Tie:
         if math.isfinite(mean_error(arm.runs[seed]))
     ]
     names = list(dict.fromkeys(method for method, *_ in rows))
+    own = [{seed for method, seed, *_ in rows if method == name} for name in names]
+    rows = [row for row in rows if all(row[1] in seeds for seeds in own)]
+    names = names if rows else []
     seeds = [seed for _, seed, _, _ in rows]
     errors = centred([row[2] for row in rows], seeds)
     scores = centred([row[3] for row in rows], seeds)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlora.rundir import EXACT, Run, number, plain
+from fedlora.rundir import EXACT, Run, last_known, number, plain
 from fedlora.significance import Estimate, estimate
 from fedlora.sweep_report.budget import total, total_names
 from fedlora.sweep_report.cases import Arm, Case
@@ -132,7 +132,7 @@ def overfitting_table(case: Case) -> Table:
         best = [lowest_loss(run) for run in arm.all]
         rows.append([
             arm.method,
-            with_half(estimate([_last(run.train_loss()) for run in arm.all]), 1.0, 3),
+            with_half(estimate([last_known(run.train_loss()) for run in arm.all]), 1.0, 3),
             with_half(final(arm, "loss"), 1.0, 3),
             with_half(estimate([run.gap for run in arm.all]), 1.0, 3, sign="+"),
             plain(float(np.median([round for round, _ in best])), ".3g"),
@@ -220,7 +220,7 @@ def budget_table(case: Case) -> Table | None:
     rows = [
         [
             arm.method,
-            *(_short_number([_last(total(run, name)) for run in arm.all]) for name in names),
+            *(_short_number([last_known(total(run, name)) for run in arm.all]) for name in names),
         ]
         for arm in case.there
     ]
@@ -257,11 +257,6 @@ def value(setting: Any) -> str:
     return text if len(text) <= 40 else f"{text[:39]}…"
 
 
-def _last(values: Any) -> float:
-    known = values[np.isfinite(values)]
-    return float(known[-1]) if len(known) else math.nan
-
-
 def _full(run: Run) -> float:
     """Megabytes that sending whole models would have moved."""
     return number(run.summary, ("full_finetuning_bytes_total",)) / 1e6
@@ -282,6 +277,6 @@ def _short_number(values: Sequence[float]) -> str:
 
 
 def _at_edge(chosen: Any, values: Sequence[Any]) -> bool:
-    """Whether the chosen number is the smallest or largest of three or more that were tried."""
+    """Whether the chosen number is the smallest or largest of two or more that were tried."""
     numbers = [one for one in values if isinstance(one, int | float)]
     return len(numbers) > 1 and chosen in (min(numbers), max(numbers))

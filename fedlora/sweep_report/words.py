@@ -108,7 +108,8 @@ def _difference(one: Versus) -> str:
     if math.isfinite(found.half):
         low, high = found.mean - found.half, found.mean + found.half
         text += f" (95 % interval {100 * low:+.2f} to {100 * high:+.2f}"
-        text += f", p = {p_text(one.corrected)} after Holm)".replace("= <", "<")
+        known = not math.isnan(one.corrected)
+        text += f", p = {p_text(one.corrected)} after Holm)".replace("= <", "<") if known else ")"
     return text
 
 

@@ -80,7 +80,7 @@ def sweep_report(folder: Path, out: Path | None = None, choices: Choices | None 
 
 
 def _nothing_yet(sweep: SweepRuns) -> str:
-    if all(entry.tuning for entry in sweep.entries):
+    if sweep.entries and all(entry.tuning for entry in sweep.entries):
         done = f"{len(sweep.runs)} of {len(sweep.entries)} tuning runs have ended"
         return f"the settings of the sweep {sweep.folder} are not chosen yet ({done}): run it first"
     return f"no run of the sweep {sweep.folder} that counts has ended yet: run it first"
@@ -102,11 +102,10 @@ def _baseline(sweep: SweepRuns, chosen: Choices) -> str:
 
 
 def _summary(cases: Sequence[Case], baseline: str, chosen: Choices) -> list[str]:
-    missing = gaps(cases)
     lines = [case_summary(case, baseline, chosen.target) for case in cases]
-    if missing:
-        planned = sum(len(arm.planned) for case in cases for arm in case.arms)
-        there = sum(len(arm.runs) for case in cases for arm in case.arms)
+    planned = sum(len(arm.planned) for case in cases for arm in case.arms)
+    there = sum(len(arm.runs) for case in cases for arm in case.arms)
+    if there < planned:
         lines.insert(
             0, f"Not complete: {there} of {planned} planned runs are there (listed below)."
         )
