@@ -35,6 +35,7 @@ from fedlora.resume import Resumed
 from fedlora.robust import warning
 from fedlora.runlog import (
     CHECKPOINTS,
+    PROCESS,
     append_record,
     create_run,
     model_card,
@@ -66,6 +67,7 @@ class Job:
     resumed: Resumed | None = None
     privacy: Sequence[str] = ()  # what it will cost, in words
     remarks: Sequence[str] = ()  # what to know of its data
+    engine: str = PROCESS
 
     @property
     def folder(self) -> Path:
@@ -114,7 +116,8 @@ def recording(job: Job, watch: Watch) -> Iterator[Note]:
     }
     place = {"device": str(job.model.device), "threads": torch.get_num_threads()}
     if job.resumed is None:
-        create_run(job.folder, job.config, {**place, **_data_record(job)})
+        facts = {"engine": job.engine, **place, **_data_record(job)}
+        create_run(job.folder, job.config, facts)
     with locked(job.folder):
         if job.resumed is not None:
             job.resumed.take_up(job.folder)

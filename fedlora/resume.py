@@ -17,7 +17,16 @@ from fedlora.digests import changed_data
 from fedlora.files import check_free, write_text
 from fedlora.own_rules import rule_file
 from fedlora.privacy.ledger import LEDGERS, check_heads
-from fedlora.runlog import CHECKPOINTS, RULE_COPY, has_ended, read_config, read_json
+from fedlora.runlog import (
+    CHECKPOINTS,
+    FLOWER,
+    PROCESS,
+    RULE_COPY,
+    has_ended,
+    read_config,
+    read_engine,
+    read_json,
+)
 
 FREE = ("run.out", "run.name")  # may differ: say where and under which name, not what
 
@@ -50,19 +59,21 @@ class Resumed:
         other = [
             f"{key} {self.versions.get(key)} then, {now.get(key)} now"
             for key in keys
-            if not key.startswith("data.") and now.get(key) != self.versions.get(key)
+            if not key.startswith(("data.", "engine")) and now.get(key) != self.versions.get(key)
         ]
         if other:
             notes.append(f"not on the same ground, the bits may differ: {'; '.join(other)}")
         return notes
 
 
-def find(folder: Path, config: Config | None = None) -> tuple[Config, Resumed]:
+def find(
+    folder: Path, config: Config | None = None, engine: str = PROCESS
+) -> tuple[Config, Resumed]:
     """The config and the state of a stopped run; `config` is one that claims to be the same.
 
     ValueError where the run goes on in another process or has ended, another config is meant (with
-    each difference), a data file or the file of the user's own rule is another one now, or there is
-    nothing whole to go on from.
+    each difference), a data file or the file of the user's own rule is another one now, the
+    clients' ledgers are where this `engine` does not look, or nothing whole is there to go on from.
     """
     own = read_config(folder)
     check_free(folder)
@@ -71,6 +82,7 @@ def find(folder: Path, config: Config | None = None) -> tuple[Config, Resumed]:
     if config is not None:
         refuse_changes(folder, own, config)
     versions = read_json(folder / "versions.json")
+    refuse_other_ledgers(folder, own, engine)
     refuse_other_rule(folder, own)
     refuse_other_data(folder, own, versions)
     checkpoint: Checkpoint | None = None
@@ -108,6 +120,24 @@ def refuse_changes(folder: Path, own: Config, other: Config) -> None:
             f"{folder} was run with another config; resume it without one, or start a new run: "
             + "; ".join(changed)
         )
+
+
+def refuse_other_ledgers(folder: Path, own: Config, engine: str) -> None:
+    """ValueError where the other engine would begin a new budget for each client: on Flower the
+    ledgers of example-level privacy are with the nodes, in one process in the run directory.
+    """
+    begun = read_engine(folder)
+    if own.privacy.unit != "example" or begun == engine:
+        return
+    if begun == FLOWER:
+        raise ValueError(
+            f"{folder} was begun on Flower, its clients' ledgers are with their nodes: the same "
+            "`flwr run` goes on with it; in one process each would begin a new budget"
+        )
+    raise ValueError(
+        f"{folder} was begun in one process and has its clients' ledgers: `fedlora run --resume` "
+        "goes on with it; on Flower each would begin a new budget"
+    )
 
 
 def refuse_other_rule(folder: Path, own: Config) -> None:

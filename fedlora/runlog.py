@@ -22,6 +22,7 @@ from fedlora.own_rules import rule_file
 from fedlora.sources import evaluation_of
 
 CHECKPOINTS = "checkpoints"
+PROCESS, FLOWER = "process", "flower"  # what drives a run
 RUN_ID = "run-id"  # the file of a run directory
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors")
 RULE_COPY = "rule.py"  # in a run's folder: the user's own rule that made the run
@@ -76,6 +77,12 @@ def read_id(folder: Path) -> str:
     if not path.is_file():
         raise ValueError(f"{path} is missing: nodes know a run by it; start the run anew")
     return path.read_text(encoding="utf-8").strip()
+
+
+def read_engine(folder: Path) -> str:
+    """What drives the run, `process` or `flower`: who keeps the ledgers of its clients."""
+    written = folder / "versions.json"
+    return str(read_json(written).get("engine", PROCESS)) if written.is_file() else PROCESS
 
 
 def append_record(folder: Path, record: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedlora.files import check_free
 from fedlora.privacy.reserve import configured_clients, shortage
-from fedlora.runlog import CHECKPOINTS, has_ended, read_config
+from fedlora.runlog import CHECKPOINTS, FLOWER, has_ended, read_config, read_engine
 
 
 def stopped_line(folder: Path) -> str:
@@ -17,6 +17,8 @@ def stopped_line(folder: Path) -> str:
     """
     done, again = _rounds_done(folder), f"fedlora run --resume {shlex.quote(str(folder))}"
     stopped = f"{folder} stopped after round {done}"
+    if read_engine(folder) == FLOWER and read_config(folder).privacy.unit == "example":
+        return f"{stopped}: the same `flwr run` goes on with it, its nodes have the ledgers"
     reason = _unpayable(folder, done + 1)
     if not reason:
         return f"{stopped}: go on with `{again}`"
@@ -54,4 +56,7 @@ def _unpayable(folder: Path, round: int) -> str:
     """Why the round of a private run cannot be paid for; empty where it can, or nobody can tell."""
     config = read_config(folder)
     clients = configured_clients(config, folder)
-    return shortage(config, clients, folder, round) if clients else ""
+    try:
+        return shortage(config, clients, folder, round) if clients else ""
+    except ValueError as error:  # a damaged ledger
+        return str(error)

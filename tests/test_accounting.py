@@ -8,10 +8,26 @@ import random
 import pytest
 from scipy.optimize import brentq
 
-from fedlora.privacy.accounting import Accountant, Mechanism, epsilon, gaussian_delta, noise_for
+from fedlora.privacy.accounting import Accountant, Mechanism, epsilon, noise_for
 
 pytest.importorskip("dp_accounting")
 BOTH: tuple[Accountant, ...] = ("pld", "rdp")
+
+
+def gaussian_delta(epsilon: float, noise: float) -> float:
+    """The exact delta of one Gaussian mechanism (Balle and Wang 2018, 1805.06530, theorem 8)."""
+    a, b = 1 / (2 * noise), epsilon * noise
+    return _phi(a - b) - math.exp(epsilon + _log_phi(-a - b))
+
+
+def _phi(x: float) -> float:
+    return 0.5 * math.erfc(-x / math.sqrt(2))
+
+
+def _log_phi(x: float) -> float:
+    """log of the normal distribution function; by its tail where that is below 1e-300."""
+    value = _phi(x)
+    return math.log(value) if value > 0 else -x * x / 2 - math.log(-x * math.sqrt(2 * math.pi))
 
 
 def exact_epsilon(noise: float, delta: float) -> float:
@@ -107,3 +123,11 @@ def test_budgets_that_make_no_sense_are_refused() -> None:
             noise_for(*bad)
     with pytest.raises(ValueError, match="delta must lie between"):
         epsilon([Mechanism(1.0)], 1.0)
+
+
+def test_a_delta_that_the_accountant_cannot_tell_from_nothing_is_refused_with_remedies() -> None:
+    with pytest.raises(
+        ValueError, match=r"at delta 1e-16 over 10 steps: take .*accountant = 'rdp'"
+    ):
+        noise_for(8.0, 1e-16, 10)
+    assert noise_for(8.0, 1e-16, 10, 1.0, "rdp") > noise_for(8.0, 1e-12, 10, 1.0, "rdp")

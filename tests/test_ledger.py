@@ -221,6 +221,19 @@ def test_a_crash_between_a_line_and_its_head_stops_nothing(path: Path, lines: in
     check_heads(path.parent, {})
 
 
+def test_two_crashes_before_a_head_stop_nothing(path: Path) -> None:
+    """After the first line, and after the second: neither was drawn for."""
+    head = path.with_suffix(".head")
+    open_ledger(path, TERMS)
+    head.unlink()
+    open_ledger(path, TERMS)
+    noted = head.read_text()
+    intend(path, TERMS, 1, [STEP])
+    head.write_text(noted)
+    intend(path, TERMS, 2, [STEP])
+    assert [one.round for one in read_ledger(path).intents] == [1, 2]
+
+
 def test_the_head_is_synced_before_the_charge_is_told(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 from fedlora import run
 from fedlora.cli import app
+from fedlora.errors import PublicError
 from fedlora.files import locked
 from fedlora.flower.app import client
 from fedlora.flower.limits import admit, refusal
@@ -461,13 +463,14 @@ def test_noise_that_drowns_the_update_is_refused_with_the_number_of_clients(plac
         ({"merge__weights": "examples"}, "merge.weights = 'uniform'"),
         ({"merge__rule": "fedavg"}, "goes with merge.rule = 'fra'"),
         ({"privacy__design": "rows"}, "goes with merge.rule = 'ffa'"),
+        ({"merge__head": "local"}, "head would be saved as it was trained, without noise"),
         ({"merge__robust": "norm_clipping"}, "merge.robust = 'none'"),
         ({"merge__server_lr": 0.5}, "merge.server_lr = 1.0"),
         ({"client__ranks": [1, 2]}, r"client.ranks = \[\]"),
         ({"run__mode": "central"}, "run.mode = 'federated'"),
         ({"run__min_clients": 1}, "run.min_clients = 0"),
         ({"run__save_best": True}, "run.save_best = False"),
-        ({"privacy__rounds": 1}, "privacy.rounds = 1 are fewer than run.rounds = 2"),
+        ({"privacy__rounds": 1}, "privacy.rounds = 1 are fewer than run.rounds = 2: take as many"),
         ({"privacy__delta": 0.1, "partition__clients": 10}, "lets one of 10 clients through"),
     ],
 )
@@ -536,6 +539,33 @@ def test_the_statement_names_the_files_that_have_figures_of_clients(place: Place
     assert "the adapter's README.md has none of it" in text
 
 
+def test_no_epsilon_is_printed_where_an_older_ledger_took_the_place_of_the_last(
+    place: Place,
+) -> None:
+    folder = started(place, **PRIVATE)
+    ledger = folder / LEDGERS / "1.ledger"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    ledger.write_bytes(b"".join(lines[:3]))
+    ledger.with_suffix(".head").write_text(json.loads(lines[2])["hash"])
+    with pytest.raises(ValueError, match=r"client 1 reported epsilon .*an older one took"):
+        told(folder)
+
+
+def test_no_epsilon_is_printed_where_all_ledgers_are_gone(place: Place) -> None:
+    folder = started(place, **PRIVATE)
+    shutil.rmtree(folder / LEDGERS)
+    with pytest.raises(ValueError, match="is missing: restore it"):
+        told(folder)
+
+
+def test_the_status_of_a_run_says_that_its_ledger_is_damaged(place: Place) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        started(place, killed_in_round(2), **PRIVATE)
+    folder = place.folder / "run"
+    (folder / LEDGERS / "1.ledger").write_text("{}\n")
+    assert any("cannot go on" in line and "edited" in line for line in status_lines(folder))
+
+
 # ---------------------------------------------------------------- on Flower
 
 
@@ -551,9 +581,72 @@ def test_nodes_keep_their_own_ledgers(place: Place) -> None:
         ledger = read_ledger(path)
         assert [(one.round, one.closed) for one in ledger.intents] == [(1, True), (2, True)]
         assert 7.9 < ledger.spent <= 8
-    assert "as it says" in told(folder)
+    text = told(folder)
+    assert text.count("as it says") == 3
+    assert "Epsilon: at most 8 at delta 0.001, the budget that no node's ledger goes beyond" in text
+    assert "at least 7.9" in text
     assert records(folder)[-1]["clients"]["0"]["train_loss"] is None
     assert records(folder)[-1]["seconds"]["compute"] is None
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """The run's log with every line changed."""
+    lines = records(folder)
+    for line in lines:
+        change(line)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+
+
+def test_without_reports_of_nodes_the_statement_has_their_budget(place: Place) -> None:
+    """All replies were lost, late or refused: charged and drawn for they were all the same."""
+    flat = place.config("run", **PRIVATE).flat()
+    folder = serve(LocalGrid(client, flat, [{"partition-id": k} for k in range(3)]), flat)
+    rewritten(folder, lambda line: line["clients"].clear())
+    assert "Epsilon: at most 8 at delta 0.001" in told(folder)
+    assert "no client has reported one, rounds may have been charged" in told(folder)
+    assert "nothing was spent" not in told(folder)
+
+
+def test_a_node_whose_reports_fall_is_named_and_its_largest_counts(place: Place) -> None:
+    flat = place.config("run", **PRIVATE).flat()
+    folder = serve(LocalGrid(client, flat, [{"partition-id": k} for k in range(3)]), flat)
+
+    def change(line: dict[str, Any]) -> None:
+        for name, own in line["clients"].items():
+            own["epsilon"] = {("1", 1): 6.5, ("1", 2): 6.25}.get((name, line["round"]), 2.0)
+
+    rewritten(folder, change)
+    assert "1: epsilon 6.5, as it says; it has reported more before" in told(folder)
+    assert told(folder).count("it has reported more") == 1
+    assert "at least 6.5 of it is spent" in told(folder)
+
+
+def test_a_private_run_goes_on_where_its_ledgers_are(place: Place) -> None:
+    """The other engine would look for them elsewhere, and begin a new budget for each client."""
+    flat = place.config("run", **PRIVATE).flat()
+    grid = LocalGrid(client, flat, [{"partition-id": k} for k in range(3)])
+    folder = serve(grid, flat)
+    (folder / "summary.json").unlink()
+    with pytest.raises(ValueError, match=r"begun on Flower.*the same `flwr run` goes on"):
+        find(folder, place.config("run", **PRIVATE))
+    with pytest.raises(ValueError, match=r"stopped after .*: the same `flwr run` goes on with it"):
+        check_new(folder)
+    own = place.config("own", **PRIVATE)
+    here = execute(prepare(own))
+    (here / "summary.json").unlink()
+    with pytest.raises(ValueError, match=r"begun in one process.*`fedlora run --resume` goes on"):
+        serve(grid, own.flat())
+    with pytest.raises(ValueError, match="no checkpoint to resume from"):  # not for its ledgers
+        find(here, own)
+
+
+def test_a_run_without_privacy_goes_on_in_either_engine(place: Place) -> None:
+    flat = place.config("run", run__rounds=1).flat()
+    folder = serve(LocalGrid(client, flat, [{"partition-id": k} for k in range(3)]), flat)
+    (folder / "summary.json").unlink()
+    _, resumed = find(folder)
+    assert not any("engine" in note for note in resumed.notes({"engine": "process"}))
 
 
 def test_a_server_on_flower_charges_its_ledger(place: Place) -> None:
@@ -604,6 +697,24 @@ def test_a_node_allows_so_much_over_all_runs(
     assert (refused[0] if refused else None) == code
     opened = list(ledger_folder(ready.states, ORDER_RUN).glob("*.ledger"))
     assert len(opened) == (code is None)
+
+
+def test_a_ledger_that_is_gone_is_no_budget_that_is_free_again(place: Place) -> None:
+    ready = limited(place, {}, "one", epsilon=9)
+    assert admit(ready, order(ready, "one/0")) is None
+    (ledger,) = ready.states.rglob("*.ledger")
+    for lost in (lambda: ledger.write_bytes(b""), ledger.unlink):
+        lost()
+        after = limited(place, {}, "two", epsilon=9)
+        with pytest.raises(ValueError, match=r"1\.ledger"):
+            admit(after, order(after, "two/0"))
+
+
+def test_code_that_comes_with_a_model_runs_where_the_node_allows_it(place: Place) -> None:
+    code = {"model__trust_remote_code": True}
+    with pytest.raises(PublicError, match="not allowed here"):
+        limited(place, code)
+    assert limited(place, code, **{"trust-remote-code": True}).client == "1"
 
 
 def test_a_node_with_a_limit_refuses_a_run_without_privacy(place: Place) -> None:

@@ -13,7 +13,15 @@ from fedlora.files import locked
 from fedlora.flower.node import Node, ledger_folder
 from fedlora.flower.wire import Order
 from fedlora.privacy.example import planned_round, terms
-from fedlora.privacy.ledger import SUFFIX, is_opened, ledger_path, open_ledger, read_ledger
+from fedlora.privacy.ledger import (
+    HEAD,
+    SUFFIX,
+    check_heads,
+    is_opened,
+    ledger_path,
+    open_ledger,
+    read_ledger,
+)
 
 WAIT = 60.0  # seconds for another run on this node to set its budget aside
 
@@ -96,6 +104,8 @@ def _beyond_epsilon(node: Node, order: Order, limit: float) -> str:
     privacy, own = node.loaded.config.privacy, ledger_folder(node.states, order.run)
     if privacy.share_metrics and not node.limits.get("share-metrics"):
         return "the run wants figures on private rows (privacy.share_metrics), not allowed here"
+    for kept in {path.parent for path in node.states.rglob(f"*{HEAD}")}:
+        check_heads(kept, {})  # a ledger that is gone is no budget that is free again
     others = [
         read_ledger(path).terms
         for path in node.states.rglob(f"*{SUFFIX}")

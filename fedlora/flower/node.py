@@ -39,7 +39,8 @@ LIMITS = (
     "max-rounds", "min-examples", "rules", "shares", "base", "epsilon", "delta", "share-metrics",
 )  # fmt: skip
 OWN = ("name", "data", "evaluate", "text", "pair", "label")  # of a node with a file of its own
-KEYS = ("partition-id", "num-partitions", "state", *OWN, *LIMITS)
+CODE = "trust-remote-code"  # a limit of a node with data of its own, none unless it says so
+KEYS = ("partition-id", "num-partitions", "state", CODE, *OWN, *LIMITS)
 CLIENTS = "clients"  # of a run directory: where nodes without a folder of their own keep states
 ADAPTERS = "adapters"  # in a client's folder: its own, where a part of it never leaves
 STATES = "states"  # in a client's folder: what it keeps from round to round, by run
@@ -91,6 +92,11 @@ def load_node(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> 
             "chooses it begins a new ledger when it likes"
         )
     own = {key: str(node_config[key]) for key in OWN if key in node_config}
+    remote = own and make_config(run_config).model.trust_remote_code
+    if remote and not node_config.get(CODE):
+        raise PublicError(
+            "model.trust_remote_code runs code that comes with the model: not allowed here"
+        )
     loaded = _load(run_text, json.dumps(own) if "data" in own else "")
     names = loaded.config.flower.clients or sorted(loaded.data.rows)
     client = _client_name(names, node_config)

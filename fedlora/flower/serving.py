@@ -25,7 +25,7 @@ from fedlora.privacy.plan import announce, merge_for
 from fedlora.recording import Job, recording
 from fedlora.resume import Resumed, find
 from fedlora.rules import get_rule
-from fedlora.runlog import read_id, run_folder
+from fedlora.runlog import FLOWER, read_id, run_folder
 from fedlora.server import rehearse
 from fedlora.settings import NO_EVALUATION
 from fedlora.stopped import check_new
@@ -45,7 +45,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> Path:
         raise ValueError(f"run.mode = {config.run.mode!r} needs no Flower: run it in one process")
     folder, resumed = run_folder(config), None
     if folder.exists():
-        config, resumed = find(folder, config)
+        config, resumed = find(folder, config, FLOWER)
         config = replace(config, run=replace(config.run, out=str(folder)))
     else:
         check_new(folder)
@@ -101,7 +101,7 @@ def _job(config: Config, resumed: Resumed | None) -> tuple[Job, str]:
         rehearse(get_rule(config.merge.rule, **config.merge.options), start)
         data = tokenised(config, silos, model.tokenizer)
         check_loaded(config, model, data)
-        return Job(config, data, model, start, resumed), base
+        return Job(config, data, model, start, resumed, engine=FLOWER), base
     labels = list(config.data.labels)
     if not labels:
         raise ValueError("data.labels must list the labels: the server sees no training data")
@@ -116,7 +116,7 @@ def _job(config: Config, resumed: Resumed | None) -> tuple[Job, str]:
         none = Examples({}, np.arange(0), np.arange(0), {})
         data = Data(none, {}, {}, none, np.arange(0))
     check_loaded(config, model, data)
-    return Job(config, data, model, start, resumed), base
+    return Job(config, data, model, start, resumed, engine=FLOWER), base
 
 
 def _with_rows(data: Data, seen: Mapping[str, Seen]) -> Data:

@@ -69,27 +69,23 @@ def noise_for(
             return noise
         last, cost = noise, spent
         aim = epsilon * (1 - CLOSE / 2)
-        noise *= min(4.0, max(0.25, (aim / spent) ** (1 / slope))) if spent > 0 else 0.25
+        if math.isinf(
+            spent
+        ):  # of losses so unlikely that the accountant cannot tell them from delta
+            noise *= 4.0
+        else:
+            noise *= min(4.0, max(0.25, (aim / spent) ** (1 / slope))) if spent > 0 else 0.25
         spent = spends(noise)
-        if spent > 0 and cost > 0 and not math.isclose(noise, last, rel_tol=1e-9):
+        if (
+            0 < spent < math.inf
+            and 0 < cost < math.inf
+            and not math.isclose(noise, last, rel_tol=1e-9)
+        ):
             slope = min(-0.1, math.log(spent / cost) / math.log(noise / last))
-    raise ValueError(f"no noise was found that keeps epsilon {epsilon} at delta {delta}")
-
-
-def gaussian_delta(epsilon: float, noise: float) -> float:
-    """The exact delta of one Gaussian mechanism (Balle and Wang 2018, 1805.06530, theorem 8)."""
-    a, b = 1 / (2 * noise), epsilon * noise
-    return _phi(a - b) - math.exp(epsilon + _log_phi(-a - b))
-
-
-def _phi(x: float) -> float:
-    return 0.5 * math.erfc(-x / math.sqrt(2))
-
-
-def _log_phi(x: float) -> float:
-    """log of the normal distribution function; by its tail where that is below 1e-300."""
-    value = _phi(x)
-    return math.log(value) if value > 0 else -x * x / 2 - math.log(-x * math.sqrt(2 * math.pi))
+    raise ValueError(
+        f"no noise was found that keeps epsilon {epsilon} at delta {delta} over {steps} steps: "
+        "take a larger epsilon or delta, fewer rounds or steps, or privacy.accountant = 'rdp'"
+    )
 
 
 def _rough_noise(epsilon: float, delta: float, steps: int, sampling: float) -> float:

@@ -18,9 +18,10 @@ from fedlora.sums import EXTRA
 class Prediction:
     """A design on one layer: all in units of the clip, for the mean over the clients.
 
-    `noise` bounds the expected spectral norm of the noise in the new increment, `threshold` the
-    size below which a direction drowns in it, `signal` what a layer can have at most: its even
-    share of the clip, all of it in one direction, all clients agreeing.
+    Of the message whose noise is the largest beside what it sees: `noise` bounds the expected
+    spectral norm of its noise, `threshold` is the size below which a direction drowns in it,
+    `signal` what the message can see of a layer's even share of the clip, taken as one direction
+    on which all clients agree.
     """
 
     design: str
@@ -48,12 +49,13 @@ def predict(
     sigma, even = noise / clients, 1 / math.sqrt(max(len(shapes), 1))
     found = {}
     for name, shape in shapes.items():
-        # the core's columns are random from the first round on: they see so much of an update
-        seen = math.sqrt(min(rank, *shape) / shape[0]) if design == "core" else 1.0
-        noised = sigma * spectral(design, shape, rank)
-        found[name] = Prediction(
-            design, shape, noised, sigma * _threshold(design, shape, rank), even * seen
-        )
+        messages = [
+            Prediction(
+                design, shape, sigma * (math.sqrt(a) + math.sqrt(b)),
+                sigma * math.sqrt(math.sqrt(a * b)), even * seen,
+            ) for a, b, seen in _messages(design, shape, rank)
+        ]  # fmt: skip
+        found[name] = max(messages, key=lambda one: one.ratio)
     return found
 
 
@@ -65,22 +67,27 @@ def spectral(design: str, shape: tuple[int, int], rank: int) -> float:
 
 def noised_shape(design: str, shape: tuple[int, int], rank: int) -> tuple[int, int]:
     """The shape of the noised message that the increment is made of: the last one."""
+    a, b, _ = _messages(design, shape, rank)[-1]
+    return a, b
+
+
+def _messages(design: str, shape: tuple[int, int], rank: int) -> list[tuple[int, int, float]]:
+    """The shape of every message that is noised, and how much of an update's norm it can see.
+
+    The last A's rows, in which clients begin, are taken to see all of it. Random columns see what
+    their number allows: the core's before B has any, and those of the sketch in each round.
+    """
     m, n = shape
-    r = min(rank, m, n)
-    if design == "increment":
-        return m, n
-    if design == "rows":
-        return m, r
-    if design == "core":
-        return r, r
-    return (r if design == "power" else min(r + EXTRA, m, n)), n
+    r, c = min(rank, m, n), min(rank + EXTRA, m, n)
+    return {
+        "increment": [(m, n, 1.0)],
+        "rows": [(m, r, 1.0)],
+        "core": [(r, r, math.sqrt(r / m))],
+        "power": [(m, r, 1.0), (r, n, 1.0)],
+        "sketch": [(m, c, math.sqrt(c / n)), (c, n, 1.0)],
+    }[design]
 
 
 def clients_needed(predictions: Sequence[Prediction], clients: int) -> int:
     """How many clients would bring the largest ratio to 1."""
     return math.ceil(clients * max(one.ratio for one in predictions))
-
-
-def _threshold(design: str, shape: tuple[int, int], rank: int) -> float:
-    a, b = noised_shape(design, shape, rank)
-    return math.sqrt(math.sqrt(a * b))

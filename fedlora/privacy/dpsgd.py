@@ -83,7 +83,8 @@ class PrivateSteps:
         if self.steps and still:
             raise ValueError(
                 f"{still[0]} did not move in {self.steps} private steps ({len(still)} tensors): "
-                "what was trained is not what the accountant was told, no epsilon is reported"
+                "what was trained is not what the accountant was told, no epsilon is reported; "
+                "leave it out of model.targets, or take a larger client.lr"
             )
 
     def _forget(self) -> None:

@@ -43,6 +43,11 @@ def terms(config: Config, owner: str) -> Terms:
     return Terms(owner, privacy.unit, privacy.epsilon, privacy.delta, privacy.accountant)
 
 
+def planned_rounds(config: Config) -> int:
+    """The rounds that the budget is for: those of the run, and what is in reserve."""
+    return config.privacy.rounds or config.run.rounds
+
+
 def planned_round(config: Config, rows: int) -> Mechanism:
     """A round's training on so many rows: noise that spends epsilon in all planned rounds.
 
@@ -55,6 +60,7 @@ def planned_round(config: Config, rows: int) -> Mechanism:
             f"take less than 1 / rows, such as {0.1 / rows:.1g}"
         )
     rate = min(1.0, client.batch / rows)
-    steps, rounds = steps_per_round(client, rows), privacy.rounds or config.run.rounds
-    noise = noise_for(privacy.epsilon, privacy.delta, steps * rounds, rate, privacy.accountant)
+    steps = steps_per_round(client, rows)
+    planned = steps * planned_rounds(config)
+    noise = noise_for(privacy.epsilon, privacy.delta, planned, rate, privacy.accountant)
     return Mechanism(noise, steps, rate)

@@ -144,6 +144,8 @@ def _opened(path: Path, terms: Terms) -> Ledger:
     ledger = read_ledger(path)
     if not noted and len(ledger.hashes) > 1:  # a crash leaves the first line alone at most
         raise _lines_missing(path)
+    if not noted:
+        write_text(path.with_suffix(HEAD), ledger.head)
     for name, value in asdict(terms).items():
         before = getattr(ledger.terms, name)
         if before != value:

@@ -18,7 +18,7 @@ from fedlora.data import Data
 from fedlora.privacy.accounting import Mechanism, noise_for
 from fedlora.privacy.client_level import Design, Noising, PrivateMerge
 from fedlora.privacy.designs import Prediction, clients_needed, predict
-from fedlora.privacy.example import planned_round, terms
+from fedlora.privacy.example import planned_round, planned_rounds, terms
 from fedlora.privacy.ledger import ledger_path
 from fedlora.rounds import Merge
 from fedlora.rules import get_rule
@@ -46,7 +46,15 @@ def check(config: Config) -> None:
     if privacy.unit != "client":
         return
     if 0 < privacy.rounds < rounds:
-        raise ValueError(f"privacy.rounds = {privacy.rounds} are fewer than run.rounds = {rounds}")
+        raise ValueError(
+            f"privacy.rounds = {privacy.rounds} are fewer than run.rounds = {rounds}: take as many "
+            "at least, or 0 for just these"
+        )
+    if config.merge.head == "local":
+        raise ValueError(
+            "privacy.unit = 'client' does not go with merge.head = 'local': each client's head "
+            "would be saved as it was trained, without noise; take 'average' or 'freeze'"
+        )
     flat = {
         f"{section}.{key}": value
         for section in ("merge", "client", "run")
@@ -97,7 +105,7 @@ def noising(config: Config, clients: int) -> Noising:
     No amplification is taken for clients that sit a round out: who takes part is public.
     """
     privacy = config.privacy
-    rounds = privacy.rounds or config.run.rounds
+    rounds = planned_rounds(config)
     noise = noise_for(privacy.epsilon, privacy.delta, rounds, 1.0, privacy.accountant)
     asked = round_size(clients, config.merge.participation)
     return Noising(privacy.design, noise, asked, privacy.clip, privacy.quantile)
@@ -128,7 +136,7 @@ def announce(config: Config, rows: Mapping[str, int], start: Adapter) -> list[st
     privacy = config.privacy
     if privacy.unit == "none":
         return []
-    rounds = privacy.rounds or config.run.rounds
+    rounds = planned_rounds(config)
     budget = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} over {rounds} rounds"
     if privacy.unit == "example":
         return [_announce_example(config, rows, start, budget)]
@@ -185,7 +193,7 @@ def _announce_example(config: Config, rows: Mapping[str, int], start: Adapter, b
             f"; no client takes part in more than {most} of them: privacy.rounds = {most} would "
             "take less noise"
         )
-    return line + (_reserve_note(most) if (privacy.rounds or config.run.rounds) <= most else "")
+    return line + (_reserve_note(most) if planned_rounds(config) <= most else "")
 
 
 def _verdict(config: Config, long: float, clients: int) -> str:
@@ -213,7 +221,7 @@ def _reserve_note(rounds: int) -> str:
 def _announce_clients(config: Config, clients: int, start: Adapter, budget: str) -> list[str]:
     designs = forecast(config, clients, start)
     made, chosen = noising(config, clients), list(designs[config.privacy.design].values())
-    rounds = config.privacy.rounds or config.run.rounds
+    rounds = planned_rounds(config)
     note = _reserve_note(rounds) if rounds <= config.run.rounds else ""
     lines = [f"privacy: every client as a whole, {budget}; noise {made.noise:.3g} a round{note}"]
     for design, layers in designs.items():

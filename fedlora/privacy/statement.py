@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from fedlora.privacy.ledger import (
     read_ledger,
 )
 from fedlora.rundir import Run, read_run
+from fedlora.runlog import FLOWER, read_engine
 
 STATEMENT = "privacy.txt"  # in the run directory
+ROUNDING = 1e-6  # relative: a smaller difference of two epsilons is none
 NEIGHBOURS = {
     "example": (
         "a client's rows with one row more or less, the number of rows itself taken as public; "
@@ -64,6 +67,8 @@ OPEN = {
     "example": [
         "how many rows each client has: the log, every message and the weights tell it, and the "
         "sampling rate is made of it",
+        "a person with rows at several clients: what these rows cost adds up over the clients",
+        "the set of labels and the clients' names, where the config did not list them",
         SETTINGS,
         "how long an answer takes (a long row takes longer), sizes and who took part",
     ],
@@ -121,7 +126,7 @@ def statement(path: Path) -> list[str]:
         f"Sampling: {SAMPLING[unit]}",
         f"Composition: {privacy['accountant'].upper()} accountant (dp-accounting), all rounds "
         "together, every intent counted",
-        *(_table(ledgers) if ledgers else _reported(run)),
+        *(_table(ledgers) if ledgers else _reported(run, privacy)),
         f"Covered: {COVERED[unit]}",
         "Not covered:",
         *(f"  - {line}" for line in [*OPEN[unit], *shared, ARITHMETIC]),
@@ -135,23 +140,33 @@ def statement(path: Path) -> list[str]:
 
 
 def _ledgers(run: Run, unit: str) -> list[Ledger]:
-    """All ledgers of a run; none where clients keep their own. ValueError for one that is missing.
+    """All ledgers of a run; none where nodes keep their own. ValueError for one that is missing or
+    has less in it than its client reported.
 
     Who must have one is in the log: each client that reported its epsilon, or the server.
     """
+    if unit == "example" and read_engine(run.path) == FLOWER:
+        return []
     folder = run.path / LEDGERS
     check_heads(folder, {})
     ledgers = [read_ledger(file) for file in sorted(folder.glob(f"*{SUFFIX}"))]
     trained = any(line["round"] > 0 for line in run.rounds)
-    owners = {"server"} if unit == "client" and trained else set()
-    if unit == "example" and folder.is_dir():
-        owners = set(_told_epsilons(run))
+    told = _told_epsilons(run) if unit == "example" else {}
+    owners = set(told) if unit == "example" else {"server"} if trained else set()
     for owner in sorted(owners - {ledger.path.stem for ledger in ledgers}):
         raise ValueError(
             f"{'the' if unit == 'client' else 'client'} {owner} drew noise in this run, its ledger "
             f"{ledger_path(folder, owner)} is missing: restore it; without it nobody knows what "
             "was spent, and no epsilon is told"
         )
+    for ledger in ledgers:
+        owner = ledger.path.stem
+        if told.get(owner, 0.0) > ledger.spent * (1 + ROUNDING):
+            raise ValueError(
+                f"client {owner} reported epsilon {_rounded_up(told[owner])}, its ledger "
+                f"{ledger.path} has {_rounded_up(ledger.spent)}: an older one took its place; "
+                "restore the last one, without it no epsilon is told"
+            )
     return ledgers
 
 
@@ -213,28 +228,45 @@ def _table(ledgers: Sequence[Ledger]) -> list[str]:
     return [*lines, f"Epsilon: {_rounded_up(most)} at delta {delta:g} (the largest of all)"]
 
 
-def _reported(run: Run) -> list[str]:
-    """What clients that keep their own ledgers said of them."""
-    found = _told_epsilons(run)
-    if not found:
+def _reported(run: Run, privacy: Mapping[str, Any]) -> list[str]:
+    """What is known without ledgers: what clients that keep their own said of them, and the budget
+    that each ledger holds its client to.
+    """
+    if read_engine(run.path) != FLOWER:
         return ["Epsilon: nothing was spent yet"]
-    most = _rounded_up(max(found.values()))
-    lines = [f"  {client}: epsilon {_rounded_up(e)}, as it says" for client, e in found.items()]
+    most = (
+        f"at most {privacy['epsilon']:g} at delta {privacy['delta']:g}, the budget that no node's "
+        "ledger goes beyond"
+    )
+    told = _told_series(run)
+    if not told:
+        return [f"Epsilon: {most}; no client has reported one, rounds may have been charged"]
+    lines = []
+    for client, series in told.items():
+        fell = any(after < before for before, after in pairwise(series))
+        warned = "; it has reported more before: its ledger was lost on the way" if fell else ""
+        lines.append(f"  {client}: epsilon {_rounded_up(max(series))}, as it says{warned}")
+    least = _rounded_up(max(max(series) for series in told.values()))
     last = (
-        f"Epsilon: at least {most} (the largest of what clients reported; the run directory has no "
-        "ledgers: across machines they are on the clients, with the rounds whose replies were lost)"
+        f"Epsilon: {most}; at least {least} of it is spent (the largest of what clients reported; "
+        "the ledgers are on the clients, with the rounds whose replies were lost)"
     )
     return [*lines, last]
 
 
 def _told_epsilons(run: Run) -> dict[str, float]:
-    """The last epsilon that each client reported."""
-    return {
-        client: float(told["epsilon"])
-        for line in run.rounds
-        for client, told in line["clients"].items()
-        if "epsilon" in told
-    }
+    """The largest epsilon that each client reported."""
+    return {client: max(series) for client, series in _told_series(run).items()}
+
+
+def _told_series(run: Run) -> dict[str, list[float]]:
+    """What each client reported of its epsilon, round by round."""
+    found: dict[str, list[float]] = {}
+    for line in run.rounds:
+        for client, told in line["clients"].items():
+            if "epsilon" in told:
+                found.setdefault(client, []).append(float(told["epsilon"]))
+    return found
 
 
 def _rounded_up(epsilon: float) -> str:
