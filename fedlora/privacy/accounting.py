@@ -68,24 +68,23 @@ def noise_for(
         if epsilon * (1 - CLOSE) <= spent <= epsilon:
             return noise
         last, cost = noise, spent
-        aim = epsilon * (1 - CLOSE / 2)
-        if math.isinf(
-            spent
-        ):  # of losses so unlikely that the accountant cannot tell them from delta
-            noise *= 4.0
-        else:
-            noise *= min(4.0, max(0.25, (aim / spent) ** (1 / slope))) if spent > 0 else 0.25
+        noise *= _factor(epsilon * (1 - CLOSE / 2) / spent if spent else math.inf, slope)
         spent = spends(noise)
-        if (
-            0 < spent < math.inf
-            and 0 < cost < math.inf
-            and not math.isclose(noise, last, rel_tol=1e-9)
-        ):
+        told = 0 < spent < math.inf and 0 < cost < math.inf
+        if told and not math.isclose(noise, last, rel_tol=1e-9):
             slope = min(-0.1, math.log(spent / cost) / math.log(noise / last))
     raise ValueError(
         f"no noise was found that keeps epsilon {epsilon} at delta {delta} over {steps} steps: "
         "take a larger epsilon or delta, fewer rounds or steps, or privacy.accountant = 'rdp'"
     )
+
+
+def _factor(short: float, slope: float) -> float:
+    """What to multiply the noise by, to spend `short` times as much: a quarter to four times.
+
+    0 is of an infinite epsilon: the accountant cannot tell losses so unlikely from delta.
+    """
+    return min(4.0, max(0.25, short ** (1 / slope))) if short else 4.0
 
 
 def _rough_noise(epsilon: float, delta: float, steps: int, sampling: float) -> float:
