@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -20,6 +21,8 @@ from fedlora.cli_privacy import privacy
 from fedlora.cli_report import report
 from fedlora.cli_rules import import_own_rule, merge, rules
 from fedlora.cli_sweep import sweep
+from fedlora.errors import is_memory
+from fedlora.terminal import plain_console
 
 if TYPE_CHECKING:
     from fedlora.config import Config
@@ -66,7 +69,7 @@ def run(
         (_run if engine == "process" else _run_on_flower)(given)
         return
     if engine != "process":
-        raise ValueError("--resume goes on in one process; on Flower, start the same run again")
+        raise ValueError("--resume goes on in one process, to the same bytes: leave --engine out")
     if set and config is None:
         raise ValueError("--set changes a config: a run is resumed with its own")
     _resume(resume or Path(), given)
@@ -94,7 +97,7 @@ def status(run: RunPath) -> None:
     from fedlora.status import status_lines
 
     for line in status_lines(run):
-        Console().print(line, highlight=False, soft_wrap=True)
+        plain_console().print(line, highlight=False, soft_wrap=True)
 
 
 @flower.command("init")
@@ -114,7 +117,7 @@ def flower_init(
     else:
         loaded = _loaded(config, set)
     write_project(out, loaded)
-    Console().print(f"{out}: read its README.md, then `flwr run {out}`", highlight=False)
+    plain_console().print(f"{out}: read its README.md, then `flwr run {out}`", highlight=False)
 
 
 def demo(set: Sets = None) -> None:
@@ -131,17 +134,19 @@ def partition(
     ] = None,
 ) -> None:
     """Show who would hold which labels, before anyone trains."""
+    from fedlora.checks import check_has_data
     from fedlora.data import read_silos
     from fedlora.remarks import remarks
 
     loaded = _loaded(config, set)
+    check_has_data(loaded)
     silos = read_silos(loaded)
     names = loaded.data.label_names or silos.labels
     table = Table("client", *names, "rows", box=None, pad_edge=False)
     for client, counts in silos.counts.items():
         table.add_row(client, *(f"{count:,}" for count in counts), f"{sum(counts):,}")
     used = sum(sum(counts) for counts in silos.counts.values())
-    console = Console()
+    console = plain_console()
     console.print(table)
     console.print(f"{used:,} of {len(silos.table):,} rows of {silos.table.source}", highlight=False)
     for line in remarks(loaded, silos):
@@ -170,7 +175,7 @@ def evaluate(run: RunPath, data: str, client: Client = "") -> None:
     config, model = load_predictor(run, client)
     examples = encode(table, ids, model.tokenizer, config.data.max_length)
     scores = scored(model, examples, np.arange(len(examples)), config.evaluate.batch)
-    console = Console()
+    console = plain_console()
     for name, value in scores.record().items():
         console.print(
             f"{name:10} {value:.4f}" if isinstance(value, float) else f"{name:10} {value}"
@@ -206,7 +211,9 @@ def predict(
     if out is None:
         sys.stdout.write(text)
     else:
-        out.write_text(text, encoding="utf-8")
+        from fedlora.files import write_text
+
+        write_text(out, text)
 
 
 def config() -> None:
@@ -216,7 +223,7 @@ def config() -> None:
     table = Table("setting", "default", "meaning", box=None, pad_edge=False)
     for key, default, help in settings_table():
         table.add_row(key, default, help)
-    Console().print(table, markup=False)
+    plain_console().print(table, markup=False)
 
 
 for command in (
@@ -232,9 +239,18 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"fedlora: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from error
+    except (ValueError, OSError, ImportError) as error:
+        _fail([str(error), *getattr(error, "__notes__", [])], error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory(error):
+            raise
+        smaller = "take a smaller client.batch, evaluate.batch or data.max_length"
+        _fail([f"too little memory: {smaller} ({error})"], error)
+
+
+def _fail(words: Sequence[str], error: Exception) -> NoReturn:
+    sys.stderr.write(f"fedlora: {' '.join('; '.join(words).split())}\n")
+    raise SystemExit(2) from error
 
 
 def _loaded(path: Path, overrides: list[str] | None) -> Config:
@@ -246,10 +262,17 @@ def _loaded(path: Path, overrides: list[str] | None) -> Config:
 
 def _run_on_flower(config: Config) -> None:
     from fedlora.flower.engine import run_on_flower
+    from fedlora.runlog import run_folder
+    from fedlora.stopped import check_new
 
-    console = Console()
+    check_new(run_folder(config))
+    console = plain_console()
     console.print("Flower's simulation is starting: this takes a minute", highlight=False)
-    _show_results(console, run_on_flower(config))
+    try:
+        folder = run_on_flower(config)
+    except RuntimeError as error:  # with the end of Flower's log
+        raise ValueError(str(error)) from error
+    _show_results(console, folder)
 
 
 def _resume(folder: Path, given: Config | None) -> None:
@@ -266,7 +289,7 @@ def _run(config: Config, resumed: Resumed | None = None) -> None:
     from fedlora.runlog import run_folder
     from fedlora.stopped import check_new, stopped_line
 
-    console, folder = Console(), run_folder(config)
+    console, folder = plain_console(), run_folder(config)
     if resumed is None:
         check_new(folder)  # before the seconds that the next imports take
     try:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from fedlora.terminal import plain_console
 
 
 def privacy(
@@ -15,6 +16,6 @@ def privacy(
     """Say what a run protects, from whom, at which epsilon, and what it does not."""
     from fedlora.privacy.statement import statement
 
-    console = Console(soft_wrap=True)
+    console = plain_console()
     for line in statement(run):
         console.print(line, highlight=False, markup=False)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from fedlora.terminal import plain_console
 
 
 def report(
@@ -33,7 +34,7 @@ def report(
         raise ValueError(f"{sweeps[0]} is a sweep: give it alone")
     if not sweeps and (baseline or target != 0.95):
         raise ValueError("--baseline and --target belong to the report of a sweep")
-    console = Console()
+    console = plain_console()
     if sweeps:
         from fedlora.sweep_report.content import Choices
         from fedlora.sweep_report.write import write_sweep_report

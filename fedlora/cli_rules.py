@@ -8,7 +8,8 @@ from textwrap import wrap
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from fedlora.terminal import plain_console
 
 MARKED = ("exact", "linear", "mixed_ranks")  # the laws that the list of rules names
 INDENT, WIDEST = 13, 100  # columns
@@ -53,7 +54,7 @@ def merge(
     from fedlora.merge_card import summary
     from fedlora.merge_command import merged
 
-    console = Console()
+    console = plain_console()
     import_own_rule(rule)
     try:
         outcome = merged(
@@ -86,7 +87,7 @@ def rules(
     """List the merge rules and what each promises."""
     from fedlora.rules import LAWS, defaults, described, get_rule, option_types, traffic, trained
 
-    console = Console()
+    console = plain_console()
     if name:
         import_own_rule(name)
         found = get_rule(name)

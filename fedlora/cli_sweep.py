@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedlora.terminal import plain_console
+
 if TYPE_CHECKING:
     from fedlora.sweep import Outcome
     from fedlora.sweep_plan import Sweep, Trial
@@ -33,7 +35,7 @@ def sweep(
     from fedlora.cli_rules import import_own_rule
     from fedlora.sweep_plan import load_sweep
 
-    console = Console()
+    console = plain_console()
     planned = load_sweep(file, set or [], own_rule=import_own_rule)
     folder = out or Path("sweeps") / planned.name
     console.print(_planned(planned))

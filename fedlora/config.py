@@ -83,7 +83,7 @@ def load_config(
     """
     source = Path(path)
     try:
-        tables = tomllib.loads(source.read_text(encoding="utf-8"))
+        tables = tomllib.loads(source.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"cannot read the config {source}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -55,7 +55,7 @@ def progress_bar(console: Console | None = None) -> Progress:
     By itself rich looks at the last 30 seconds, in which a run or a large client ends nothing.
     """
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
         TimeRemainingColumn(compact=True), TextColumn("left"),
         console=console, speed_estimate_period=math.inf,
     )  # fmt: skip

@@ -8,3 +8,9 @@ class PublicError(ValueError):
 
     A node sends these texts to its server, and those of no other error.
     """
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether memory ran out; on CPUs torch has no type of its own for it."""
+    named = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return named or isinstance(error, MemoryError)

@@ -126,9 +126,16 @@ def loop_adapters(
 def merge_policy(config: Config, clients: list[str]) -> Policy:
     """What the config's server does around its rule, for these clients.
 
-    ValueError where a round can have fewer replies than the robust method needs.
+    ValueError where a round can have fewer replies than the robust method needs, or the server
+    sees a part of the updates that it is to judge.
     """
     merge = config.merge
+    plan = _rule(config).plan(1, {})
+    if merge.robust != "none" and (plan.trains - plan.shares) & {"A", "B"}:
+        raise ValueError(
+            f"merge.robust = {merge.robust!r} judges whole updates, of which rule {merge.rule!r} "
+            "gets a part: take another rule, such as fra, or merge.robust = 'none'"
+        )
     needed = fewest(merge.robust, merge.robust_faulty)
     asked = round_size(len(clients), merge.participation)
     if (config.run.min_clients or asked) < needed or asked < needed:

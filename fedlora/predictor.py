@@ -46,11 +46,13 @@ def predictions(
     kept = [f"input {name}" if name in names else name for name in others]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
+    quoting = csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer.writerow([*names, *kept])
     for row in range(len(table)):
         best = model.labels[int(shares[row].argmax())]
         given, rest = [own[row] for own in texts], [own[row] for own in others.values()]
-        writer.writerow([*given, best, *(f"{float(share):.6f}" for share in shares[row]), *rest])
+        values = [*given, best, *(f"{float(share):.6f}" for share in shares[row]), *rest]
+        (quoting if any("\r" in value for value in values) else writer).writerow(values)
     return buffer.getvalue()
 
 

@@ -5,7 +5,6 @@ Turns what happened into numbers under fixed names; measures nothing and writes 
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -166,8 +165,17 @@ def peak_memory() -> int:
     lines = status.read_text().splitlines() if status.is_file() else []
     own = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
     unit = 1 if sys.platform == "darwin" else 1024
-    peak = (own or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss])[0] * unit
+    peak = (own or [_peak_of_usage()])[0] * unit
     return peak + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def _peak_of_usage() -> int:
+    """The largest memory as the system counts it; 0 on Windows, which does not."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

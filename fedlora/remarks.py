@@ -11,6 +11,7 @@ import numpy as np
 
 from fedlora.config import Config
 from fedlora.data import Silos, split
+from fedlora.settings import DataSettings
 from fedlora.tables import Table
 
 FEW = 10  # training rows; a client with fewer is named
@@ -18,9 +19,11 @@ SHOWN = 5  # clients in one line
 
 
 def remarks(config: Config, silos: Silos) -> list[str]:
-    """Lines on empty texts, on clients with few rows, and on what the scores are measured on."""
+    """Lines on settings that say nothing here, on empty texts, on clients with few rows, and on
+    what the scores are measured on.
+    """
     rows, heldout = split(config, silos)
-    found = [_empty_texts(silos)]
+    found = [*_unused(config), _empty_texts(silos)]
     few = {
         client: f"{client} trains on {len(own)}"
         + ("" if len(heldout[client]) or not config.data.holdout else " and holds out none")
@@ -36,6 +39,20 @@ def remarks(config: Config, silos: Silos) -> list[str]:
             "in all"
         )
     return [line for line in found if line]
+
+
+def _unused(config: Config) -> list[str]:
+    """What was set about the data and is not used."""
+    data, partition = config.data, config.partition
+    if data.clients:
+        extra = data.train not in ("", DataSettings().train)
+        return ["data.train is not used: data.clients names the files"] if extra else []
+    given = {"column": partition.column, "shares": partition.shares}
+    return [
+        f"partition.{by} is not used: partition.by is {partition.by!r}"
+        for by, value in given.items()
+        if value and partition.by != by
+    ]
 
 
 def _empty_texts(silos: Silos) -> str:

@@ -59,7 +59,7 @@ def robust_coefficients(
 
 def fewest(method: Robust, faulty: int) -> int:
     """The replies that a round needs for the method to be defined; 0: any number will do."""
-    return faulty + 3 if method == "multi_krum" else 0
+    return 2 * faulty + 3 if method == "multi_krum" else 0
 
 
 def update_gram(sent: Sequence[Adapter], received: Sequence[Adapter]) -> Float64[Tensor, "k k"]:
@@ -134,7 +134,8 @@ def _multi_krum(gram: Tensor, weights: Tensor, faulty: int) -> Tensor:
     bad, needed = faulty or max(0, (clients - 3) // 2), fewest("multi_krum", faulty)
     if clients < needed:
         raise ValueError(
-            f"multi_krum with {bad} faulty clients needs {needed} in a round, got {clients}"
+            f"multi_krum with {bad} faulty clients needs {needed} in a round, got {clients}: lower "
+            "merge.robust_faulty, or 0 for as many as can be borne"
         )
     nearest = _distances(gram).sort(dim=1).values[:, 1 : clients - bad - 1]
     order = nearest.square().sum(dim=1).argsort(stable=True)

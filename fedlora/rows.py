@@ -16,6 +16,7 @@ from fedlora import builtin
 from fedlora.sources import BUILTIN, REVIEWS, check_folder, file_ending, is_local
 
 REVIEWS_TRAIN, REVIEWS_EVALUATE = 1500, 600  # rows of the built-in task
+LONGEST = 2**31 - 1  # characters of a field; csv's own limit is 131,072
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 Row = dict[str, Any]
@@ -87,6 +88,7 @@ def _separated_rows(source: str, quoting: str) -> Rows:
             quoting=csv.QUOTE_NONE if bare else csv.QUOTE_MINIMAL,
             strict=not bare,
         )
+        csv.field_size_limit(LONGEST)
         found = Rows(source, [])
         try:
             header = next(reader, None)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fedlora.adapter import Adapter, ClientResult, ClientState, byte_count, flatten
-from fedlora.checks import check_loaded
+from fedlora.checks import check_has_data, check_loaded
 from fedlora.client import make_fit
 from fedlora.config import Config
 from fedlora.data import read_silos, tokenised
@@ -41,6 +41,7 @@ def prepare(config: Config, resumed: Resumed | None = None) -> Job:
         check_new(run_folder(config))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    check_has_data(config)
     silos = read_silos(config)
     config = replace(config, data=replace(config.data, labels=silos.labels))
     model = configured_model(config, silos.labels)

@@ -162,8 +162,9 @@ def aggregate(
     made = {receiver: cut_for(state.adapter, receiver) for receiver in set(receivers)}
     sent = [made[receiver] for receiver in receivers]
     parts = terms(rule, sent, ordered, policy)
+    heard = [term for term in parts if term.coefficient] or parts[:1]  # others shape nothing
     done = {
-        name: _merged_layer(merging, state, parts, name) for name in sorted(state.adapter.layers)
+        name: _merged_layer(merging, state, heard, name) for name in sorted(state.adapter.layers)
     }
     adapter = Adapter(
         {name: layer.factors for name, layer in done.items()},

@@ -18,7 +18,11 @@ def stopped_line(folder: Path) -> str:
     done, again = _rounds_done(folder), f"fedlora run --resume {shlex.quote(str(folder))}"
     stopped = f"{folder} stopped after round {done}"
     if read_engine(folder) == FLOWER and read_config(folder).privacy.unit == "example":
-        return f"{stopped}: the same `flwr run` goes on with it, its nodes have the ledgers"
+        return (
+            f"{stopped}: the same `flwr run` goes on with it, its nodes have the ledgers (after "
+            f"--engine flower: `fedlora flower init DIR {shlex.quote(str(folder / 'config.toml'))}`"
+            ", then `flwr run DIR`)"
+        )
     reason = _unpayable(folder, done + 1)
     if not reason:
         return f"{stopped}: go on with `{again}`"

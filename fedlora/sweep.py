@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 from fedlora.config import Config, Flat, make_config
 from fedlora.data import read_silos
 from fedlora.digests import changed_data
+from fedlora.errors import is_memory
 from fedlora.files import locked
 from fedlora.runlog import read_json
 from fedlora.sweep_plan import Sweep, Trial
@@ -229,17 +230,11 @@ def _problem(future: Future[None]) -> str:
     again = "the same command goes on, with fewer --jobs if need be"
     if isinstance(error, BrokenProcessPool):  # says nothing about the run: choose by no such result
         raise ChildProcessError(f"a run's process was killed, perhaps for memory: {again}")
-    if _is_memory(error):
+    if is_memory(error):
         raise ChildProcessError(f"a run had too little memory: {again} ({error})")
     if isinstance(error, OSError):  # nor does a full disk
         raise error
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _is_memory(error: BaseException) -> bool:
-    """Whether memory ran out; on CPUs torch has no type of its own for it."""
-    named = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    return named or isinstance(error, MemoryError)
 
 
 def _write(sweep: Sweep, folder: Path, trials: Sequence[Trial]) -> None:

@@ -73,7 +73,7 @@ def read_table(source: str, settings: DataSettings, column: str = "") -> Table:
         source,
         _strings(found, text),
         _strings(found, pair) if pair else None,
-        _strings(found, label),
+        _labels(found, label),
         _strings(found, column) if column else [],
         found.lines,
     )
@@ -178,6 +178,17 @@ def _strings(found: Rows, column: str) -> list[str]:
         if values.get(column) is None:
             raise ValueError(f"{found.place(row)}: no value in column {column!r}")
     return [_as_text(values[column]) for values in found.rows]
+
+
+def _labels(found: Rows, column: str) -> list[str]:
+    """As `_strings`; ValueError for an empty label too, by which a csv says that it has none."""
+    labels = _strings(found, column)
+    for row, label in enumerate(labels):
+        if label.strip() in ("", "NaN"):
+            raise ValueError(
+                f"{found.place(row)}: no label in column {column!r}: label the row or leave it out"
+            )
+    return labels
 
 
 def _as_text(value: object) -> str:

@@ -47,7 +47,7 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "rounding chooses the rate", "sweep"),
     ("a-full-disk-is-a-result", "sweep.py", "if isinstance(error, OSError):",
      "if False:", "a rate is lost to a full disk", "sweep"),
-    ("want-of-memory-is-a-result", "sweep.py", "if _is_memory(error):",
+    ("want-of-memory-is-a-result", "sweep.py", "if is_memory(error):",
      "if isinstance(error, MemoryError):", "torch's own errors of memory are others", "sweep"),
     ("a-spent-run-is-a-result", "sweep.py", "            check_goes_on(Path(out))\n", "",
      "a value is lost to a crash of a private run", "sweep"),

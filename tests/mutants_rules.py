@@ -226,7 +226,7 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "memory grows with the clients again", "shelf"),
     ("shelf-in-memory", "shelf.py", "if expected <= limit:", "if True:",
      "memory grows with the clients again", "shelf"),
-    ("small-rounds-of-krum", "robust.py", 'return faulty + 3 if method == "multi_krum" else 0',
+    ("small-rounds-of-krum", "robust.py", 'return 2 * faulty + 3 if method == "multi_krum" else 0',
      "return 0", "a run stops in the middle for a setting", "modes robust"),
     ("start-forgotten", "policy.py",
      "rest = policy.server_lr * rest + (1 - policy.server_lr) * weights",

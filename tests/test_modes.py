@@ -106,6 +106,11 @@ def test_local_heads_are_exported_on_the_common_layers(place: Place) -> None:
     assert summary(folder)["bytes_up_total"] == 2 * 3 * 4 * 2 * 4 * 3 * 32  # A and B alone
 
 
+def test_updates_of_which_a_part_stays_at_home_are_not_judged_as_a_whole(place: Place) -> None:
+    with pytest.raises(ValueError, match="judges whole updates, of which rule 'fedsa' gets a part"):
+        place.job("blind", merge__rule="fedsa", merge__robust="norm_clipping")
+
+
 @pytest.mark.parametrize(
     ("changes", "asked"),
     [

@@ -74,3 +74,33 @@ def test_scores_on_held_out_rows_are_announced(tmp_path: Path) -> None:
     config = make_config({"data.train": file, "data.holdout": 0.25})
     pooled = sum(len(rows) for rows in split(config, read_silos(config))[1].values())
     assert f"on the clients' own held-out rows, {pooled} in all" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"partition__column": "site"}, "partition.column is not used: partition.by is 'iid'"),
+        ({"partition__shares": [[1, 0]] * 3}, "partition.shares is not used: partition.by is"),
+        ({"partition__by": "shares", "partition__shares": [[0.5, 0.5]] * 3}, ""),
+    ],
+)
+def test_settings_of_another_partition_are_named(
+    tmp_path: Path, dev: str, changes: dict[str, Any], says: str
+) -> None:
+    file = write_csv(tmp_path / "a.csv", toy_rows(60))
+    lines = told(data__train=str(file), data__evaluate=dev, data__labels=["neg", "pos"], **changes)
+    unused = [line for line in lines if "not used" in line]
+    assert len(unused) == bool(says)
+    assert says in "".join(unused)
+
+
+def test_a_training_file_beside_those_of_clients_is_named(tmp_path: Path, dev: str) -> None:
+    file = str(write_csv(tmp_path / "a.csv", toy_rows(60)))
+    files = {
+        name: str(write_csv(tmp_path / f"{name}.csv", toy_rows(60))) for name in ("north", "south")
+    }
+    both = {"data__clients": files, "data__evaluate": dev, "data__labels": ["neg", "pos"]}
+    assert told(**both) == []
+    assert told(**both, data__train=file) == [
+        "data.train is not used: data.clients names the files"
+    ]

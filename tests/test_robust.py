@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 from clients import moved, turned, weights
-from conftest import assert_near, dense, nearest_of_rank, normal, orthogonal, random_factors
+from conftest import (
+    assert_near,
+    dense,
+    nearest_of_rank,
+    normal,
+    orthogonal,
+    random_adapter,
+    random_factors,
+)
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -139,7 +147,7 @@ def test_multi_krum_is_what_its_definition_says(count: int) -> None:
         V, w = cloud(seed, count), weights(seed, count)
         most = (count - 3) // 2
         assert_close(coefficients("multi_krum", V, w), krum(V, w, most))
-        for faulty in range(1, count - 2):
+        for faulty in range(1, most + 1):
             assert_close(coefficients("multi_krum", V, w, faulty=faulty), krum(V, w, faulty))
 
 
@@ -149,9 +157,9 @@ def test_multi_krum_with_ties_takes_the_first_by_name() -> None:
     assert_close(coefficients("multi_krum", V, w), want / want.sum())
 
 
-@pytest.mark.parametrize(("count", "faulty"), [(7, 5), (4, 2), (2, 0), (1, 0)])
+@pytest.mark.parametrize(("count", "faulty"), [(7, 5), (7, 3), (4, 2), (2, 0), (1, 0)])
 def test_multi_krum_refuses_more_faulty_clients_than_it_can_bear(count: int, faulty: int) -> None:
-    says = rf"with {faulty} faulty clients needs {faulty + 3} in a round, got {count}"
+    says = rf"with {faulty} faulty clients needs {2 * faulty + 3} in a round, got {count}"
     with pytest.raises(ValueError, match=says):
         coefficients("multi_krum", cloud(0, count), weights(0, count), faulty=faulty)
 
@@ -340,3 +348,16 @@ def test_multi_krum_beside_weights_of_zero_keeps_what_was_sent() -> None:
     merged = aggregate(get_rule("hetlora"), STATE, results, 1, policy).adapter
     assert_close(dense(merged.layers["x"]), dense(STATE.adapter.layers["x"]))
     assert_close(merged.dense["h"], STATE.adapter.dense["h"])
+
+
+@pytest.mark.parametrize("name", ["fedrpca", "florana", "fedavg", "fra"])
+def test_a_client_that_multi_krum_leaves_out_shapes_nothing(name: str) -> None:
+    """Also with rules that look at more than weights."""
+    start = random_adapter(0)
+    each = [ClientResult(f"c{k}", trained(start, k), 10) for k in range(7)]
+    wild = ClientResult("c7", trained(start, 99, 50.0), 10)
+    policy = Policy(robust="multi_krum", robust_faulty=1)
+    with_it = aggregate(get_rule(name), ServerState(start), [*each, wild], 1, policy)
+    without = aggregate(get_rule(name), ServerState(start), each, 1, Policy())
+    for layer, factors in without.adapter.layers.items():
+        assert_near(dense(with_it.adapter.layers[layer]), dense(factors))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from bench import Place, records, summary
 from tiny import LABELS, toy_rows, write_csv
 
@@ -395,3 +397,74 @@ def test_a_report_of_several_runs_is_written_where_asked(cli: Cli, finished: Pat
     assert (said.code, said.err) == (0, "")
     assert said.out.split() == ["both/report.png", "both/report.svg", "both/report.md"]
     assert all(Path(path).stat().st_size > 100 for path in said.out.split())
+
+
+def test_names_of_labels_and_columns_are_no_markup(cli: Cli) -> None:
+    labels = "data.label_names=['[/urgent]', '[routine]']".replace("'", '"')
+    said = cli("partition", cli.file, "--set", 'data.labels=["neg", "pos"]', "--set", labels)
+    assert said.code == 0
+    assert said.out.split()[:4] == ["client", "[/urgent]", "[routine]", "rows"]
+
+
+def test_a_table_in_a_pipe_keeps_its_figures(cli: Cli) -> None:
+    names = [f"a label that is long {number}" for number in range(15)]
+    rows = [(f"text {row}", names[row % 15]) for row in range(600)]
+    file = write_csv(cli.place.folder / "many.csv", rows)
+    cli.monkeypatch.delenv("COLUMNS")
+    said = cli("partition", cli.file, "--set", f"data.train={file}", "--set", "data.evaluate=")
+    assert "…" not in said.out
+    assert all(name in said.out for name in names)
+
+
+def test_nodes_that_bring_their_own_data_are_no_run_on_this_machine(cli: Cli) -> None:
+    """Without files the built-in reviews would have been taken."""
+    sets = ("--set", 'flower.clients=["north", "south"]', "--set", "data.train=")
+    for command in (
+        ("partition", cli.file),
+        ("run", cli.file),
+        ("run", cli.file, "--engine", "flower"),
+    ):
+        said = cli(*command, *sets)
+        assert said.code == 2
+        assert "bring their own data: write a project with `fedlora flower init" in said.err
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "too little memory: take a smaller client"),
+        (MemoryError(), "too little memory"),
+        (ImportError("figures need matplotlib"), "figures need matplotlib"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line_too(cli: Cli, error: Exception, says: str) -> None:
+    def raising() -> None:
+        raise error
+
+    cli.monkeypatch.setattr("fedlora.cli.app", raising)
+    said = cli("status")
+    assert said.code == 2
+    assert says in said.err
+
+
+def test_a_fault_of_ours_keeps_its_traceback(cli: Cli) -> None:
+    def raising() -> None:
+        raise RuntimeError("shapes differ")
+
+    cli.monkeypatch.setattr("fedlora.cli.app", raising)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main()
+
+
+def test_predictions_are_read_back_whatever_ends_the_lines_of_a_text(
+    cli: Cli, finished: Path
+) -> None:
+    texts = ["one", "two\rtwo", "three\r\nthree", 'a "quote", a comma']
+    lines = [json.dumps({"text": text, "note": f"{text[:3]}\r"}) for text in texts]
+    new, out = cli.place.folder / "new.jsonl", cli.place.folder / "out.csv"
+    new.write_text("\n".join(lines), encoding="utf-8")
+    assert cli("predict", finished, new, "-o", out).code == 0
+    with out.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.reader(stream))
+    assert [row[0] for row in rows[1:]] == texts
+    assert [row[-1] for row in rows[1:]] == [f"{text[:3]}\r" for text in texts]

@@ -384,3 +384,22 @@ def test_mnli_loads_as_pairs(data_folder: Path) -> None:
         assert sorted_labels(table.labels) == ["contradiction", "entailment", "neutral"]
         last = json.loads(file.read_text().splitlines()[-1])
         assert (table.texts[-1], table.pairs[-1]) == (last["premise"], last["hypothesis"])
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_label_is_no_class_of_its_own(tmp_path: Path, empty: str) -> None:
+    file = write_csv(tmp_path / "rows.csv", [("one", "a"), ("two", empty), ("three", "b")])
+    assert "line 3: no label in column 'label': label the row or leave it out" in refusal(file)
+
+
+def test_a_label_that_is_no_number_is_none(tmp_path: Path) -> None:
+    """What a data frame's missing value becomes in json and parquet."""
+    lines = '{"text": "one", "label": 1.0}\n{"text": "two", "label": NaN}\n'
+    assert "line 2: no label" in refusal(written(tmp_path, "rows.jsonl", lines))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_texts_may_be_longer_than_csvs_own_limit(tmp_path: Path, name: str) -> None:
+    mark, text = ("," if name.endswith("csv") else "\t"), "word " * 40_000
+    file = written(tmp_path, name, f"text{mark}label\n{text}{mark}a\nshort{mark}b\n")
+    assert read_table(file, DataSettings()).texts == [text, "short"]

@@ -17,9 +17,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fedlora.checks import check_has_data
 from fedlora.config import Config
 from fedlora.data import read_silos
 from fedlora.flower.project import write_project
@@ -40,8 +42,11 @@ def run_on_flower(config: Config) -> Path:
 
     RuntimeError, with the end of Flower's log, where the run does not end well.
     """
+    if find_spec("ray") is None:
+        raise ValueError("Flower's simulation is not installed: pip install 'fedlora[simulation]'")
     folder = run_folder(config).absolute()
     check_new(folder)
+    check_has_data(config)
     clients = len(read_silos(config).parts)
     config = replace(config, run=replace(config.run, out=str(folder)))
     with tempfile.TemporaryDirectory(prefix="fedlora-flower-") as name:

@@ -4,8 +4,8 @@ Source: Lee et al. 2025, "FedSVD: Adaptive orthogonalization for private federat
 LoRA" (2505.12805).
 Keeps: the weighted mean of the increments, exactly; A follows what was learned and stays
 orthonormal, unlike in `ffa`.
-Loses: A is never trained by gradients, only turned: its row space changes through the mean alone
-where the merged rank falls below r.
+Loses: A is never trained by gradients, only turned: its row space stays that of the start, as in
+`ffa`.
 Cost per layer and client: r m up, r(m + n) down.
 DP: noise enters through B alone, linearly, and the orthonormal A does not amplify it; the SVD is
 post-processing.

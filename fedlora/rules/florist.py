@@ -22,6 +22,7 @@ from torch import Tensor
 from fedlora.adapter import Factors, Merged, mix
 from fedlora.lowrank import compress
 from fedlora.rules import rule
+from fedlora.rules.flora import restarted
 
 
 @rule(
@@ -39,5 +40,4 @@ def florist(
 ) -> Merged:
     """B = 0 again, with the strongest directions of the stacked increments as residual."""
     mixed = mix(clients, weights, prev.scaling)
-    restarted = Factors(prev.A, prev.B.new_zeros(prev.B.shape), prev.scaling)
-    return Merged(restarted, compress(mixed, energy=tau).factors)
+    return Merged(restarted(prev), compress(mixed, energy=tau).factors)
