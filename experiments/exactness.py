@@ -21,8 +21,8 @@ from fedlora.significance import centred, rank_correlation
 
 HERE = Path(__file__).parent
 SWEEPS = {
-    ("sst2_first", "balanced"): "SST-2, balanced",
-    ("sst2_first", "imbalanced"): "SST-2, imbalanced",
+    ("sst2", "balanced"): "SST-2, balanced",
+    ("sst2", "imbalanced"): "SST-2, imbalanced",
     ("mnli", ""): "MNLI",
     ("many_clients", ""): "many clients",
     ("overfitting", ""): "few rows",
