@@ -182,7 +182,7 @@ def test_every_setting_of_the_merge_reaches_the_policy() -> None:
         "server_lr": 0.5, "robust": "multi_krum", "robust_bound": 2.0, "robust_faulty": 1,
     }  # fmt: skip
     config = make_config({f"merge.{k}": v for k, v in changed.items()})
-    policy = merge_policy(config, [*NAMES, "d"])
+    policy = merge_policy(config, [*NAMES, "d", "e"])
     want = Policy("uniform", "local", "carry", 3, 0.5, "multi_krum", 2.0, 1)
     assert policy == want
     assert merge_policy(make_config({}), list(NAMES)) == Policy()
