@@ -18,4 +18,4 @@ def privacy(
 
     console = plain_console()
     for line in statement(run):
-        console.print(line, highlight=False, markup=False)
+        console.print(line, soft_wrap=True)
