@@ -250,6 +250,11 @@ def padded(factors: Factors, rank: int) -> Factors:
     return Factors(A, B, factors.scaling)
 
 
+def restarted(prev: Factors) -> Factors:
+    """The zero increment that a client trains on from: A as it was, B = 0."""
+    return Factors(prev.A, prev.B.new_zeros(prev.B.shape), prev.scaling)
+
+
 def increment(factors: Factors) -> Float[Tensor, "m n"]:
     """delta W as a dense m x n matrix: for an exported merged model and for tests only."""
     return factors.scaling * (factors.B @ factors.A)

@@ -19,7 +19,7 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
     ("fedex-uniform-residual", "rules/fedex.py", "mix(spread, weights, prev.scaling)",
      "mix(spread, [1 / len(clients)] * len(clients), prev.scaling)",
      "the residual of another mean", "conformance"),
-    ("flora-keeps-b", "rules/flora.py", "prev.B.new_zeros(prev.B.shape)", "prev.B",
+    ("flora-keeps-b", "rules/flora.py", "Merged(restarted(prev)", "Merged(prev",
      "clients fold the stack and train on with the old B on top", "conformance"),
     ("momentum-forgets-tau", "rules/fedmomentum.py", ", energy=tau)", ")",
      "tau does nothing", "rules_known"),

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from jaxtyping import Float64
 from torch import Tensor
 
-from fedlora.adapter import Factors, Merged, mix
+from fedlora.adapter import Factors, Merged, mix, restarted
 from fedlora.rules import rule
 
 
@@ -35,8 +35,3 @@ from fedlora.rules import rule
 def flora(prev: Factors, clients: Sequence[Factors], weights: Float64[Tensor, " k"]) -> Merged:
     """B = 0 again, with the stack of all increments as residual."""
     return Merged(restarted(prev), mix(clients, weights, prev.scaling))
-
-
-def restarted(prev: Factors) -> Factors:
-    """The zero increment that a client trains on from: A as it was, B = 0."""
-    return Factors(prev.A, prev.B.new_zeros(prev.B.shape), prev.scaling)

@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from jaxtyping import Float64
 from torch import Tensor
 
-from fedlora.adapter import Factors, Merged, mix
+from fedlora.adapter import Factors, Merged, mix, restarted
 from fedlora.lowrank import compress
 from fedlora.rules import rule
-from fedlora.rules.flora import restarted
 
 
 @rule(
