@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 from fedlora.canvas import GREY, Axes, Figure, line_style, new_figure, save_figure, tidy
 from fedlora.rundir import EXACT
-from fedlora.significance import centred, rank_correlation
+from fedlora.significance import centred
+from fedlora.sweep_report.findings import Tie, tied
 
 HERE = Path(__file__).parent
 SWEEPS = {
@@ -48,16 +47,6 @@ class Point(NamedTuple):
     accuracy: float
 
 
-class Tie(NamedTuple):
-    """Spearman's correlation of log error and accuracy, over runs and over methods' means."""
-
-    runs: int
-    methods: int
-    over_runs: float
-    over_means: float
-    p: float
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Merge error against accuracy, over all sweeps.")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of .csv")
@@ -66,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = {title: read(given.results, *key) for key, title in SWEEPS.items()}
     print("| runs | over runs | over methods' means |\n|---|---|---|")
     for title, points in found.items():
-        print(row(title, tie(points)))
+        print(row(title, tied([(p.method, p.seed, p.error, p.accuracy) for p in points])))
     save_figure(draw(found), given.out)
 
 
@@ -86,24 +75,13 @@ def read(folder: Path, sweep: str, case: str) -> list[Point]:
         ]
 
 
-def tie(points: Sequence[Point]) -> Tie:
-    """Over runs with each seed's mean taken off; p is that of the methods' means."""
-    seeds = [point.seed for point in points]
-    errors = [math.log10(point.error) for point in points]
-    scores = [point.accuracy for point in points]
-    over_runs, _ = rank_correlation(centred(errors, seeds), centred(scores, seeds))
-    methods = list(dict.fromkeys(point.method for point in points))
-    own = [[place for place, one in enumerate(points) if one.method == m] for m in methods]
-    means = [[fmean(values[place] for place in places) for places in own]
-             for values in (errors, scores)]  # fmt: skip
-    return Tie(len(points), len(methods), over_runs, *rank_correlation(*means))
-
-
 def row(title: str, found: Tie) -> str:
     """A line of the table of docs/experiments.md; four means or fewer have no p worth a look."""
-    means = f"{found.over_means:+.2f} (p = {found.p:.2g})" if found.methods > 4 else "too few"
+    means = (
+        f"{found.rho_methods:+.2f} (p = {found.p_methods:.2g})" if found.methods > 4 else "too few"
+    )
     counts = f"{title}, {found.runs} runs, {found.methods} methods"
-    return f"| {counts} | {found.over_runs:+.2f} | {means} |"
+    return f"| {counts} | {found.rho:+.2f} | {means} |"
 
 
 def draw(found: dict[str, list[Point]]) -> Figure:

@@ -10,12 +10,12 @@ from fedlora.data import Data
 from fedlora.model import Model, longest_input
 from fedlora.privacy.plan import check as check_privacy
 from fedlora.privacy.plan import hides_evaluation
-from fedlora.settings import DataSettings
+from fedlora.settings import names_training_file
 
 
 def check_has_data(config: Config) -> None:
     """ValueError for a federation of nodes that bring their own data: there is nothing to read."""
-    named = config.data.clients or config.data.train not in ("", DataSettings().train)
+    named = config.data.clients or names_training_file(config.data)
     if config.flower.clients and not named:
         raise ValueError(
             f"the nodes of flower.clients = {config.flower.clients} bring their own data: write a "

@@ -97,7 +97,7 @@ def status(run: RunPath) -> None:
     from fedlora.status import status_lines
 
     for line in status_lines(run):
-        plain_console().print(line, highlight=False, soft_wrap=True)
+        plain_console().print(line, soft_wrap=True)
 
 
 @flower.command("init")
@@ -117,7 +117,7 @@ def flower_init(
     else:
         loaded = _loaded(config, set)
     write_project(out, loaded)
-    plain_console().print(f"{out}: read its README.md, then `flwr run {out}`", highlight=False)
+    plain_console().print(f"{out}: read its README.md, then `flwr run {out}`")
 
 
 def demo(set: Sets = None) -> None:
@@ -148,14 +148,14 @@ def partition(
     used = sum(sum(counts) for counts in silos.counts.values())
     console = plain_console()
     console.print(table)
-    console.print(f"{used:,} of {len(silos.table):,} rows of {silos.table.source}", highlight=False)
+    console.print(f"{used:,} of {len(silos.table):,} rows of {silos.table.source}")
     for line in remarks(loaded, silos):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     if out is not None:
         from fedlora.canvas import draw_partition, save_figure
 
         save_figure(draw_partition(silos.counts, names), out)
-        console.print(f"drawn in {out}", highlight=False)
+        console.print(f"drawn in {out}")
 
 
 def evaluate(run: RunPath, data: str, client: Client = "") -> None:
@@ -223,7 +223,7 @@ def config() -> None:
     table = Table("setting", "default", "meaning", box=None, pad_edge=False)
     for key, default, help in settings_table():
         table.add_row(key, default, help)
-    plain_console().print(table, markup=False)
+    plain_console().print(table)
 
 
 for command in (
@@ -267,7 +267,7 @@ def _run_on_flower(config: Config) -> None:
 
     check_new(run_folder(config))
     console = plain_console()
-    console.print("Flower's simulation is starting: this takes a minute", highlight=False)
+    console.print("Flower's simulation is starting: this takes a minute")
     try:
         folder = run_on_flower(config)
     except RuntimeError as error:  # with the end of Flower's log
@@ -316,4 +316,4 @@ def _show_results(console: Console, folder: Path) -> None:
     except ImportError as error:
         lines.append(f"no figure: {error}")
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)

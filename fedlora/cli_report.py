@@ -42,12 +42,12 @@ def report(
         paths = write_sweep_report(sweeps[0], out, Choices(rolling, baseline, target))
         figures = paths[2:]
         for path in paths[:2]:
-            console.print(str(path), highlight=False, soft_wrap=True)
+            console.print(str(path), soft_wrap=True)
         if figures:
             folder = figures[0].parent
-            console.print(f"{folder}: {len(figures)} files", highlight=False, soft_wrap=True)
+            console.print(f"{folder}: {len(figures)} files", soft_wrap=True)
         return
     from fedlora.report import write_report
 
     for path in write_report(runs, out, rolling):
-        console.print(str(path), highlight=False, soft_wrap=True)
+        console.print(str(path), soft_wrap=True)

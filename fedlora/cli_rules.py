@@ -74,9 +74,9 @@ def merge(
         sys.stderr.write("fedlora: interrupted; nothing was written\n")
         raise SystemExit(130) from None
     for line in summary(outcome):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     where = f"written to {outcome.folder}" if outcome.folder else "nothing was written (--dry-run)"
-    console.print(where, highlight=False, markup=False, soft_wrap=True)
+    console.print(where, soft_wrap=True)
 
 
 def rules(
@@ -91,24 +91,24 @@ def rules(
     if name:
         import_own_rule(name)
         found = get_rule(name)
-        console.print(found.doc, highlight=False, markup=False, soft_wrap=True)
+        console.print(found.doc, soft_wrap=True)
         for law, meaning in LAWS.items():
             claim = found.laws[law]
             kept = "yes" if claim is True else f"no: {claim}"
             console.print(f"{law.replace('_', ' ')} ({meaning}): {kept}", soft_wrap=True)
         up, down = traffic(found)
-        console.print(f"clients train {trained(found)}; up {up}, down {down}", highlight=False)
+        console.print(f"clients train {trained(found)}; up {up}, down {down}")
         if found.residual:
             first, *rest = found.residual
             fates = ", ".join([f"{first} (default)", *rest])
-            console.print(f"residual: {fates}", highlight=False)
+            console.print(f"residual: {fates}")
         for option, value in defaults(found).items():
             kind = described(option_types(found)[option])
             text = f"option {option}: {kind}; now {value!r}"
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            console.print(text, soft_wrap=True)
         return
     for line in rule_lines(min(console.width, WIDEST)):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def rule_lines(width: int) -> list[str]:

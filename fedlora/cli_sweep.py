@@ -163,8 +163,8 @@ def _show(console: Console, sweep: Sweep, folder: Path, outcomes: Sequence[Outco
         mean = f"{sum(scores) / len(scores):.2%}" if scores else "-"
         table.add_row(method.name, case.name, chosen, mean, f"{len(runs)}/{len(sweep.seeds)}")
     console.print(table)
-    console.print(f"a row a run  {folder / RESULTS}", highlight=False, soft_wrap=True)
-    console.print(f"report       fedlora report {folder}", highlight=False, soft_wrap=True)
+    console.print(f"a row a run  {folder / RESULTS}", soft_wrap=True)
+    console.print(f"report       fedlora report {folder}", soft_wrap=True)
     if failed := [outcome for outcome in outcomes if outcome.problem]:
         last = {(one.trial.method, one.trial.case): one.problem for one in failed}
         sys.stderr.write(f"fedlora: {len(failed)} runs did not end: {'; '.join(last.values())}\n")

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedlora.config import Config
 from fedlora.data import Silos, split
-from fedlora.settings import DataSettings
+from fedlora.settings import names_training_file
 from fedlora.tables import Table
 
 FEW = 10  # training rows; a client with fewer is named
@@ -45,8 +45,8 @@ def _unused(config: Config) -> list[str]:
     """What was set about the data and is not used."""
     data, partition = config.data, config.partition
     if data.clients:
-        extra = data.train not in ("", DataSettings().train)
-        return ["data.train is not used: data.clients names the files"] if extra else []
+        unused = "data.train is not used: data.clients names the files"
+        return [unused] if names_training_file(data) else []
     given = {"column": partition.column, "shares": partition.shares}
     return [
         f"partition.{by} is not used: partition.by is {partition.by!r}"

@@ -22,9 +22,9 @@ from fedlora.runlog import (
     FLOWER,
     PROCESS,
     RULE_COPY,
+    engine_of,
     has_ended,
     read_config,
-    read_engine,
     read_json,
 )
 
@@ -82,7 +82,7 @@ def find(
     if config is not None:
         refuse_changes(folder, own, config)
     versions = read_json(folder / "versions.json")
-    refuse_other_ledgers(folder, own, engine)
+    refuse_other_ledgers(folder, own, engine_of(versions), engine)
     refuse_other_rule(folder, own)
     refuse_other_data(folder, own, versions)
     checkpoint: Checkpoint | None = None
@@ -122,11 +122,10 @@ def refuse_changes(folder: Path, own: Config, other: Config) -> None:
         )
 
 
-def refuse_other_ledgers(folder: Path, own: Config, engine: str) -> None:
+def refuse_other_ledgers(folder: Path, own: Config, begun: str, engine: str) -> None:
     """ValueError where the other engine would begin a new budget for each client: on Flower the
     ledgers of example-level privacy are with the nodes, in one process in the run directory.
     """
-    begun = read_engine(folder)
     if own.privacy.unit != "example" or begun == engine:
         return
     if begun == FLOWER:

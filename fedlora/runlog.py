@@ -82,7 +82,12 @@ def read_id(folder: Path) -> str:
 def read_engine(folder: Path) -> str:
     """What drives the run, `process` or `flower`: who keeps the ledgers of its clients."""
     written = folder / "versions.json"
-    return str(read_json(written).get("engine", PROCESS)) if written.is_file() else PROCESS
+    return engine_of(read_json(written)) if written.is_file() else PROCESS
+
+
+def engine_of(versions: Mapping[str, Any]) -> str:
+    """As `read_engine`, of a run's versions as they were read."""
+    return str(versions.get("engine", PROCESS))
 
 
 def append_record(folder: Path, record: Mapping[str, Any]) -> None:

@@ -297,6 +297,11 @@ def steps_per_round(settings: ClientSettings, rows: int) -> int:
     return max(1, round(settings.epochs * math.ceil(rows / settings.batch)))
 
 
+def names_training_file(data: DataSettings) -> bool:
+    """Whether `data.train` was set: it has a default, the built-in reviews."""
+    return data.train not in ("", DataSettings().train)
+
+
 def shares_metrics(privacy: PrivacySettings) -> bool:
     """Whether figures on a client's own rows may leave it."""
     return privacy.unit != "example" or privacy.share_metrics

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from made_sweeps import make_sweep, rising
 from fedlora.config import load_config
 from fedlora.privacy.plan import check
 from fedlora.sweep_plan import load_sweep
+from fedlora.sweep_report.findings import tied
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 FILES = sorted(EXPERIMENTS.glob("*.toml"))
@@ -66,17 +66,14 @@ def test_the_table_of_exactness_is_that_of_the_results_that_are_kept(tmp_path: P
 
 def test_ties_of_made_up_runs(tmp_path: Path) -> None:
     """Accuracy falls as the error grows; seeds differ by more than methods do."""
-    script = runpy.run_path(str(EXPERIMENTS / "exactness.py"))
-    points = [
-        script["Point"](
-            f"m{method}", "fra", str(seed), 10.0**-method, 0.5 + 0.01 * method + 0.1 * seed
-        )
+    runs = [
+        (f"m{method}", seed, 10.0**-method, 0.5 + 0.01 * method + 0.1 * seed)
         for method in range(5)
         for seed in range(3)
     ]
-    found = script["tie"](points)
+    found = tied(runs)
     assert (found.runs, found.methods) == (15, 5)
-    assert found[2:] == pytest.approx((-1, -1, 2 / 120))
+    assert (found.rho, found.rho_methods, found.p_methods) == pytest.approx((-1, -1, 2 / 120))
 
 
 def test_a_sweeps_table_is_kept_as_it_stands_without_what_has_not_ended(tmp_path: Path) -> None:

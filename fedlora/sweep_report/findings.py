@@ -6,7 +6,7 @@ Tables, figures and sentences are all made from these, so that they cannot disag
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,20 +176,27 @@ def mean_error(run: Run) -> float:
 
 
 def exactness(case: Case) -> Tie:
-    """How merge error (mean over rounds) and final accuracy go together within the case.
+    """How merge error (mean over rounds) and final accuracy go together within the case."""
+    return tied(
+        [
+            (arm.method, seed, mean_error(arm.runs[seed]), value)
+            for arm in case.there
+            for seed, value in arm.finals().items()
+            if math.isfinite(mean_error(arm.runs[seed]))
+        ]
+    )
 
-    Of the seeds that all its methods have, so that no method stands for easy seeds. Over runs:
+
+def tied(runs: Sequence[tuple[str, Hashable, float, float]]) -> Tie:
+    """How error and accuracy go together over runs: method, seed, error (above 0), accuracy.
+
+    Of the seeds that all methods have, so that no method stands for easy seeds. Over runs:
     Spearman's correlation after each seed's mean is taken off both (the error as a logarithm, what
     is exact up to rounding counted as equal). Runs of one method are much alike, so only the
     correlation of the methods' means carries a p value, and that counts methods as independent,
     which variants of one rule are not.
     """
-    rows = [
-        (arm.method, seed, math.log10(mean_error(arm.runs[seed])), value)
-        for arm in case.there
-        for seed, value in arm.finals().items()
-        if math.isfinite(mean_error(arm.runs[seed]))
-    ]
+    rows = [(method, seed, math.log10(error), value) for method, seed, error, value in runs]
     names = list(dict.fromkeys(method for method, *_ in rows))
     own = [{seed for method, seed, *_ in rows if method == name} for name in names]
     rows = [row for row in rows if all(row[1] in seeds for seeds in own)]
@@ -202,7 +209,7 @@ def exactness(case: Case) -> Tie:
     return Tie(len(rows), rank_correlation(errors, scores)[0], len(names), rho, p)
 
 
-def _means(name: str, rows: Sequence[tuple[str, int, float, float]]) -> tuple[float, float]:
+def _means(name: str, rows: Sequence[tuple[str, Hashable, float, float]]) -> tuple[float, float]:
     own = [(error, score) for method, _, error, score in rows if method == name]
     return sum(e for e, _ in own) / len(own), sum(s for _, s in own) / len(own)
 
