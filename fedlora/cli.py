@@ -162,11 +162,11 @@ def evaluate(run: RunPath, data: str, client: Client = "") -> None:
     """Score a run's adapter on a labelled file."""
     import numpy as np
 
-    from fedlora.runlog import read_config
+    from fedlora.runlog import read_columns, read_config
     from fedlora.tables import label_ids, read_table
 
-    wanted = read_config(run).data
-    table = read_table(data, wanted)  # before the seconds that a model takes
+    wanted, known = read_config(run).data, read_columns(run)
+    table = read_table(data, wanted, known=known)  # before the seconds that a model takes
     ids = label_ids(table, wanted.labels)
     from fedlora.data import encode
     from fedlora.evaluate import evaluate as scored
@@ -197,14 +197,15 @@ def predict(
     """Label a file of texts with a run's adapter: a csv row each, with probabilities and the
     file's other columns.
     """
-    from fedlora.runlog import read_config
+    from fedlora.runlog import read_columns, read_config
     from fedlora.tables import read_unlabelled
 
     if out is not None and not out.parent.is_dir():
         raise ValueError(f"there is no folder {out.parent} to write {out.name} to")
     if out is not None and out.exists():
         raise ValueError(f"{out} exists already; nothing was written: name another file")
-    table, others = read_unlabelled(data, read_config(run).data)  # before a model is loaded
+    wanted, known = read_config(run).data, read_columns(run)
+    table, others = read_unlabelled(data, wanted, known)  # before a model is loaded
     from fedlora.predictor import load_predictor, predictions
 
     text = predictions(*load_predictor(run, client), table, others)

@@ -20,6 +20,7 @@ from fedlora.seeding import numpy_generator
 from fedlora.settings import DataSettings
 from fedlora.sources import check_apart
 from fedlora.tables import (
+    UNKNOWN,
     Table,
     evaluation_source,
     label_ids,
@@ -217,6 +218,9 @@ def _client_tables(settings: DataSettings) -> tuple[Table, Parts]:
         [pair for table in tables.values() for pair in table.pairs or []] if paired else None,
         [label for table in tables.values() for label in table.labels],
         members=list(tables.values()),
+        columns=columns.pop()
+        if len(columns := {own.columns for own in tables.values()}) == 1
+        else UNKNOWN,
     )
     return joined, parts
 

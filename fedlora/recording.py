@@ -35,6 +35,7 @@ from fedlora.resume import Resumed
 from fedlora.robust import warning
 from fedlora.runlog import (
     CHECKPOINTS,
+    COLUMNS,
     PROCESS,
     append_record,
     create_run,
@@ -45,6 +46,7 @@ from fedlora.runlog import (
 )
 from fedlora.settings import round_size, shares_metrics
 from fedlora.simulation import Progress
+from fedlora.tables import UNKNOWN, Columns
 
 COMMON = "common"  # the folder of what all share, where clients keep the rest on other machines
 COMMON_CARD = """# The common part of a federation
@@ -68,6 +70,7 @@ class Job:
     privacy: Sequence[str] = ()  # what it will cost, in words
     remarks: Sequence[str] = ()  # what to know of its data
     engine: str = PROCESS
+    columns: Columns = UNKNOWN  # that its texts were read from
 
     @property
     def folder(self) -> Path:
@@ -116,7 +119,9 @@ def recording(job: Job, watch: Watch) -> Iterator[Note]:
     }
     place = {"device": str(job.model.device), "threads": torch.get_num_threads()}
     if job.resumed is None:
-        facts = {"engine": job.engine, **place, **_data_record(job)}
+        facts: dict[str, Any] = {"engine": job.engine, **place, **_data_record(job)}
+        if job.columns != UNKNOWN:
+            facts[COLUMNS] = list(job.columns)
         create_run(job.folder, job.config, facts)
     with locked(job.folder):
         if job.resumed is not None:

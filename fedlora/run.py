@@ -54,7 +54,8 @@ def prepare(config: Config, resumed: Resumed | None = None) -> Job:
     executed, pooled = for_mode(config, data)
     rows = {client: len(own) for client, own in pooled.rows.items()}
     costs, known = announce(executed, rows, start), remarks(config, silos)
-    return Job(config, data, model, start, resumed, costs, known)
+    columns = silos.table.columns
+    return Job(config, data, model, start, resumed, costs, known, columns=columns)
 
 
 def execute(job: Job, watch: Watch = lambda event, facts: None) -> Path:

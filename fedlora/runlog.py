@@ -20,9 +20,11 @@ from fedlora.config import Config, load_config
 from fedlora.files import new_folder, write_bytes, write_text
 from fedlora.own_rules import rule_file
 from fedlora.sources import evaluation_of
+from fedlora.tables import UNKNOWN, Columns
 
 CHECKPOINTS = "checkpoints"
 PROCESS, FLOWER = "process", "flower"  # what drives a run
+COLUMNS = "data.columns"  # in versions.json
 RUN_ID = "run-id"  # the file of a run directory
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors")
 RULE_COPY = "rule.py"  # in a run's folder: the user's own rule that made the run
@@ -88,6 +90,13 @@ def read_engine(folder: Path) -> str:
 def engine_of(versions: Mapping[str, Any]) -> str:
     """As `read_engine`, of a run's versions as they were read."""
     return str(versions.get("engine", PROCESS))
+
+
+def read_columns(folder: Path) -> Columns:
+    """The columns that the run's texts were read from; unknown in runs of earlier versions."""
+    written = folder / "versions.json"
+    text, pair = (read_json(written) if written.is_file() else {}).get(COLUMNS, UNKNOWN)
+    return text, pair
 
 
 def append_record(folder: Path, record: Mapping[str, Any]) -> None:

@@ -25,13 +25,16 @@ TEXT_COLUMNS = (
     ("review", ""),
 )
 LABEL_COLUMNS = ("label", "labels", "class", "sentiment")
+Columns = tuple[str, str]  # of the text and of what makes it a pair, "" for single texts
+UNKNOWN: Columns = ("", "")
 
 
 @dataclass(frozen=True)
 class Table:
     """Checked rows: one text or a pair each, a label as text, and where they come from.
 
-    `members` are the tables that this one was joined of, in the order of its rows.
+    `members` are the tables that this one was joined of, in the order of its rows; `columns` those
+    that its texts were read from, unknown where members differ.
     """
 
     source: str
@@ -41,6 +44,7 @@ class Table:
     column: list[str] = field(default_factory=list)  # the natural client of each row, if asked for
     lines: list[int] = field(default_factory=list)  # of the file, where it has lines
     members: Sequence[Table] = ()
+    columns: Columns = UNKNOWN
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -54,13 +58,16 @@ class Table:
         return place(self.source, self.lines, row)
 
 
-def read_table(source: str, settings: DataSettings, column: str = "") -> Table:
+def read_table(
+    source: str, settings: DataSettings, column: str = "", known: Columns = UNKNOWN
+) -> Table:
     """Reads a file, a hub dataset or the built-in task and picks the columns that are asked for.
 
+    Where no text column is configured, the `known` columns of a run come before the usual names.
     ValueError names the file, the line and what was found, for anything that does not fit.
     """
     found = _read(source, settings)
-    text, pair = _text_columns(source, found.rows[0], settings)
+    text, pair = _text_columns(source, found.rows[0], settings, known)
     label = _label_column(source, found.rows[0], settings)
     if label in (text, pair):
         raise ValueError(
@@ -76,16 +83,19 @@ def read_table(source: str, settings: DataSettings, column: str = "") -> Table:
         _labels(found, label),
         _strings(found, column) if column else [],
         found.lines,
+        columns=(text, pair),
     )
 
 
-def read_unlabelled(source: str, settings: DataSettings) -> tuple[Table, Mapping[str, list[str]]]:
+def read_unlabelled(
+    source: str, settings: DataSettings, known: Columns = UNKNOWN
+) -> tuple[Table, Mapping[str, list[str]]]:
     """The texts (and pairs) of a file for prediction, labels empty; and its other columns as text.
 
-    In those a missing value is empty.
+    In those a missing value is empty. `known` as in `read_table`.
     """
     found = _read(source, settings)
-    text, pair = _text_columns(source, found.rows[0], settings)
+    text, pair = _text_columns(source, found.rows[0], settings, known)
     others = dict.fromkeys(name for row in found.rows for name in row if name not in (text, pair))
     table = Table(
         source,
@@ -136,7 +146,7 @@ def _present(source: str, row: Row, column: str, setting: str) -> None:
         )
 
 
-def _text_columns(source: str, row: Row, settings: DataSettings) -> tuple[str, str]:
+def _text_columns(source: str, row: Row, settings: DataSettings, known: Columns) -> Columns:
     for column, setting in ((settings.text, "data.text"), (settings.pair, "data.pair")):
         if column:
             _present(source, row, column, setting)
@@ -146,12 +156,28 @@ def _text_columns(source: str, row: Row, settings: DataSettings) -> tuple[str, s
                 f"data.text and data.pair are both {settings.text!r}: name two columns"
             )
         return settings.text, settings.pair
-    for text, pair in TEXT_COLUMNS:
+    for text, pair in (known, *TEXT_COLUMNS):
         if text in row and (not pair or pair in row):
-            return text, settings.pair or pair
+            chosen = text, settings.pair or pair
+            if known != UNKNOWN and bool(chosen[1]) != bool(known[1]):
+                raise ValueError(
+                    f"{source} has {_named(chosen)} where the run was trained on {_named(known)}: "
+                    "rename the columns to the run's"
+                )
+            return chosen
+    if known != UNKNOWN:
+        raise ValueError(
+            f"{source}: which column is the text? The run was trained on {_named(known)}, the file "
+            f"has {', '.join(row)}: rename its column"
+        )
     raise ValueError(
         f"{source}: which column is the text? Set data.text to one of {', '.join(row)}"
     )
+
+
+def _named(columns: Columns) -> str:
+    text, pair = columns
+    return f"pairs ({text}, {pair})" if pair else f"single texts ({text})"
 
 
 def _label_column(source: str, row: Row, settings: DataSettings) -> str:

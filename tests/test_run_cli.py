@@ -321,6 +321,37 @@ def test_predictions_keep_the_files_other_columns(cli: Cli, finished: Path) -> N
         assert kept == (id, text, label, str(note))
 
 
+def test_texts_are_read_from_the_column_that_the_run_was_trained_on(
+    cli: Cli, finished: Path
+) -> None:
+    """Not from the first that looks like one: the run's texts were in `text`."""
+    rows = [("never read", text, label) for text, label in toy_rows(20, seed=9)]
+    new = write_csv(cli.place.folder / "new.csv", rows, ["sentence", "text", "label"])
+    told = list(csv.DictReader(io.StringIO(cli("predict", finished, new).out)))
+    assert [row["text"] for row in told] == [text for _, text, _ in rows]
+    assert [row["sentence"] for row in told] == ["never read"] * 20
+    accuracy = summary(finished)["final"]["accuracy"]
+    assert cli("evaluate", finished, new).out.startswith(f"accuracy   {accuracy:.4f}")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (["premise", "hypothesis", "label"], "has pairs (premise, hypothesis) where the run was"),
+        (["body", "title", "label"], "which column is the text? The run was trained on single"),
+    ],
+)
+def test_texts_of_another_shape_than_the_runs_are_refused(
+    cli: Cli, finished: Path, command: str, header: list[str], message: str
+) -> None:
+    rows = [(text, "more", label) for text, label in toy_rows(4)]
+    said = cli(command, finished, write_csv(cli.place.folder / "new.csv", rows, header))
+    assert said.code == 2
+    assert message in said.err
+    assert "rename" in said.err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

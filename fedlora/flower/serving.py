@@ -29,7 +29,7 @@ from fedlora.runlog import FLOWER, read_id, run_folder
 from fedlora.server import rehearse
 from fedlora.settings import NO_EVALUATION
 from fedlora.stopped import check_new
-from fedlora.tables import label_ids, read_table
+from fedlora.tables import UNKNOWN, label_ids, read_table
 
 log = logging.getLogger(__name__)
 
@@ -101,22 +101,24 @@ def _job(config: Config, resumed: Resumed | None) -> tuple[Job, str]:
         rehearse(get_rule(config.merge.rule, **config.merge.options), start)
         data = tokenised(config, silos, model.tokenizer)
         check_loaded(config, model, data)
-        return Job(config, data, model, start, resumed, engine=FLOWER), base
+        job = Job(config, data, model, start, resumed, engine=FLOWER, columns=silos.table.columns)
+        return job, base
     labels = list(config.data.labels)
     if not labels:
         raise ValueError("data.labels must list the labels: the server sees no training data")
     model, start, base = load_shared(config, labels)
     rehearse(get_rule(config.merge.rule, **config.merge.options), start)
-    source = config.data.evaluate
+    source, columns = config.data.evaluate, UNKNOWN
     if source and source != NO_EVALUATION:
         table = read_table(source, config.data)
+        columns = table.columns
         examples = encode(table, label_ids(table, labels), model.tokenizer, config.data.max_length)
         data = Data(examples, {}, {}, examples, np.arange(len(examples)))
     else:
         none = Examples({}, np.arange(0), np.arange(0), {})
         data = Data(none, {}, {}, none, np.arange(0))
     check_loaded(config, model, data)
-    return Job(config, data, model, start, resumed, engine=FLOWER), base
+    return Job(config, data, model, start, resumed, engine=FLOWER, columns=columns), base
 
 
 def _with_rows(data: Data, seen: Mapping[str, Seen]) -> Data:
