@@ -6,11 +6,12 @@ import math
 import random
 
 import pytest
+from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
 from scipy.optimize import brentq
 
 from fedlora.privacy.accounting import Accountant, Mechanism, epsilon, noise_for
 
-pytest.importorskip("dp_accounting")
 BOTH: tuple[Accountant, ...] = ("pld", "rdp")
 
 
@@ -91,6 +92,32 @@ def test_values_that_are_known_of_the_library() -> None:
     spent = [Mechanism(1.0, 100, 0.2)]
     assert epsilon(spent, 1e-5) == pytest.approx(14.53, abs=0.01)
     assert epsilon(spent, 1e-5, "rdp") == pytest.approx(16.08, abs=0.01)
+
+
+def test_losses_are_composed_as_the_library_composes_them() -> None:
+    spent = [Mechanism(0.8, 30, 0.02), Mechanism(4.0, 5), Mechanism(1.2, 7, 0.3)]
+    keeper = PLDAccountant()
+    for one in spent:
+        event: DpEvent = GaussianDpEvent(one.noise)
+        if one.sampling < 1:
+            event = PoissonSampledDpEvent(one.sampling, event)
+        keeper.compose(SelfComposedDpEvent(event, one.steps))
+    assert epsilon(spent, 1e-5) == pytest.approx(keeper.get_epsilon(1e-5), rel=1e-9)
+
+
+def test_what_a_step_loses_is_made_once_for_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a second, the rest milliseconds; each client asks for its epsilon each round."""
+    made = []
+    make = privacy_loss_distribution.from_gaussian_mechanism
+
+    def counted(*given: float, **named: float) -> object:
+        made.append(named)
+        return make(*given, **named)
+
+    monkeypatch.setattr(privacy_loss_distribution, "from_gaussian_mechanism", counted)
+    spent = [epsilon([Mechanism(0.9173, 3 * rounds, 0.05)], 1e-5) for rounds in range(1, 6)]
+    assert sorted(set(spent)) == spent
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("accountant", BOTH)
