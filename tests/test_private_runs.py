@@ -29,7 +29,7 @@ from fedlora.flower.node import ledger_folder, load_node
 from fedlora.flower.serving import serve
 from fedlora.flower.wire import Order
 from fedlora.privacy.accounting import Mechanism, epsilon, noise_for
-from fedlora.privacy.example import planned_round
+from fedlora.privacy.example import planned_round, sampling_rate
 from fedlora.privacy.ledger import LEDGERS, Intent, Terms, intend, read_ledger
 from fedlora.privacy.statement import statement
 from fedlora.resume import find
@@ -345,8 +345,22 @@ def test_pooled_training_is_planned_as_it_is_executed(place: Place) -> None:
     (path,) = (folder / LEDGERS).glob("*.ledger")
     ledger = read_ledger(path)
     assert ledger.terms.owner == "central"
-    assert ledger.intents[0].mechanisms[0].sampling == pytest.approx(12 / rows)
+    assert 12 / rows <= ledger.intents[0].mechanisms[0].sampling <= 1.01 * 12 / rows
     assert 7.9 < ledger.spent <= 8
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "rate"),
+    [(128, 21999, 0.00582), (1, 10, 0.1), (1, 3, 0.334), (7, 7, 1.0), (9, 7, 1.0), (1, 1000, 0.001),
+     (999, 1000, 0.999), (9995, 10000, 1.0), (3, 10**7, 3e-7)],
+)  # fmt: skip
+def test_rates_are_rounded_up_to_three_digits(batch: int, rows: int, rate: float) -> None:
+    assert sampling_rate(batch, rows) == rate
+
+
+def test_clients_of_about_as_many_rows_share_their_noise(place: Place) -> None:
+    config = place.config("run", **(PRIVATE | {"privacy__delta": 1e-5}))
+    assert planned_round(config, 2001) == planned_round(config, 2003)
 
 
 def test_a_run_says_what_it_will_cost_before_it_trains(place: Place) -> None:

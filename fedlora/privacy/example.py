@@ -5,6 +5,7 @@ The default unit: each example of a client is protected from everybody who sees 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,15 @@ def planned_rounds(config: Config) -> int:
     return config.privacy.rounds or config.run.rounds
 
 
+def sampling_rate(batch: int, rows: int) -> float:
+    """batch / rows in three digits, rounded up, at most 1.
+
+    Clients with about as many rows then share their noise, which takes seconds to find.
+    """
+    grid = 10.0 ** (math.floor(math.log10(batch / rows)) - 2)
+    return min(1.0, float(f"{math.ceil(batch / rows / grid * (1 - 1e-12)) * grid:.3g}"))
+
+
 def planned_round(config: Config, rows: int) -> Mechanism:
     """A round's training on so many rows: noise that spends epsilon in all planned rounds.
 
@@ -59,7 +69,7 @@ def planned_round(config: Config, rows: int) -> Mechanism:
             f"privacy.delta = {privacy.delta:g} lets one of {rows} examples through unprotected: "
             f"take less than 1 / rows, such as {0.1 / rows:.1g}"
         )
-    rate = min(1.0, client.batch / rows)
+    rate = sampling_rate(client.batch, rows)
     steps = steps_per_round(client, rows)
     planned = steps * planned_rounds(config)
     noise = noise_for(privacy.epsilon, privacy.delta, planned, rate, privacy.accountant)
