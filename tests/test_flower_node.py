@@ -417,6 +417,20 @@ def test_the_server_learns_which_node_to_ask(
     assert not any("Jane" in line for line in told)
 
 
+def test_two_nodes_with_one_name_are_told(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """They would take turns, and what is called one client's would be of two silos."""
+    flat = place.config("run", **OWN, run__rounds=1).flat()
+    own = {"name": "north", "data": str(place.train)}
+    serve(LocalGrid(client, flat, [own]), flat)
+    assert not [r for r in caplog.records if "call themselves" in r.getMessage()]
+    shutil.rmtree(place.folder / "run")
+    serve(LocalGrid(client, flat, [own, own]), flat)
+    told = [r.getMessage() for r in caplog.records if "call themselves" in r.getMessage()]
+    assert told
+    assert "two nodes call themselves 'north'" in told[0]
+    assert "a name of its own" in told[0]
+
+
 def test_a_nodes_own_columns_win_over_the_servers(place: Place) -> None:
     rows = [
         {"note": text, "text": SECRET, "class": label, "x": "film"} for text, label in toy_rows(20)

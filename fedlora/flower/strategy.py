@@ -231,6 +231,13 @@ class FedloraStrategy(Strategy):
             return
         seen = _seen(node_id, message.content)
         if seen.client in self.clients:
+            earlier = self.seen.get(seen.client, seen).node_id
+            if earlier != node_id:
+                log.warning(
+                    "two nodes call themselves %r, %d and now %d, which is asked from here on: "
+                    "unless the first was stopped, give each a name of its own",
+                    seen.client, earlier, node_id,
+                )  # fmt: skip
             self.seen[seen.client] = seen
         else:
             log.warning("a node calls itself %r, which the run does not know", seen.client)
