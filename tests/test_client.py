@@ -79,7 +79,11 @@ def test_clipping_matters(tiny: Tiny, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("parts", [{"B"}, {"B", "head"}, {"A"}, {"head"}, {"A", "B"}], ids="".join)
+@pytest.mark.parametrize(
+    "parts",
+    [{"B"}, {"B", "head"}, {"A"}, {"head"}, {"A", "B"}],
+    ids=lambda parts: "".join(sorted(parts)),
+)
 def test_only_the_parts_of_the_plan_move(
     tiny: Tiny, tmp_path: Path, parts: frozenset[Part]
 ) -> None:
