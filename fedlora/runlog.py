@@ -34,7 +34,7 @@ def run_folder(config: Config) -> Path:
     """Where a run goes: `run.out`, else runs/<name>; ValueError for a name that is a path."""
     name = config.run.name
     if config.run.out:
-        return Path(config.run.out)
+        return Path(config.run.out).expanduser()
     if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
         raise ValueError(
             f"run.name = {name!r} is no name of a folder in runs: take one without a slash, or say "

@@ -41,7 +41,7 @@ class RunSettings:
     )
     seed: int = setting(0, "the one seed, from which every random stream is derived by name", low=0)
     rounds: int = setting(10, "rounds of send, train, merge", low=1)
-    out: str = setting("", "run directory; must not exist yet")
+    out: str = setting("", "run directory, from where you are; must not exist yet")
     device: str = setting(
         "auto",
         "where to compute; auto takes cuda, then mps, then cpu",

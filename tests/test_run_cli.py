@@ -223,6 +223,16 @@ def test_a_run_directory_that_is_there_is_refused_before_anything_is_loaded(cli:
     assert done.stdout.endswith("False\n")
 
 
+def test_a_run_goes_into_the_users_home_when_told_so(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shells leave the ~ of `--set run.out=~/mine` as it is."""
+    home = cli.place.folder / "home"
+    monkeypatch.setenv("HOME", str(home))
+    assert cli.run("run.out=~/mine", "run.rounds=1").code == 0
+    assert (home / "mine/summary.json").is_file()
+
+
 @pytest.mark.parametrize("name", ["a/b", "../up", "/tmp/x", "..", ""])
 def test_a_runs_name_that_is_a_path_is_refused(cli: Cli, name: str) -> None:
     """It would write outside runs/."""
