@@ -286,9 +286,10 @@ def _save(job: Job, done: _Done, sizes: Mapping[str, Any], stopped: str) -> None
             place = folder / kind / client if client else folder / kind
             save_adapter(job.model, adapter, place)
             write_text(place / "README.md", COMMON_CARD if kind == COMMON else card)
-    if config.run.save_merged and GLOBAL in done.adapters:
+    if config.run.save_merged:
         shutil.rmtree(folder / "merged", ignore_errors=True)
-        save_merged(job.model, done.adapters[GLOBAL], folder / "merged")
+        for client, adapter in done.adapters.items():
+            save_merged(job.model, adapter, folder / "merged" / client)
     if config.privacy.unit != "none":
         write_statement(folder)
     write_json(folder / "summary.json", summary)  # last: it says that all is there

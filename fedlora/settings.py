@@ -67,7 +67,7 @@ class RunSettings:
         low=0,
     )
     save_best: bool = setting(False, "also keep the best adapter, chosen on held-out training rows")
-    save_merged: bool = setting(False, "also write the base model with the final adapter merged in")
+    save_merged: bool = setting(False, "also write the base with each final adapter merged in")
 
 
 @dataclass(frozen=True)

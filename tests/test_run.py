@@ -223,6 +223,19 @@ def test_a_merged_model_is_written_on_demand(tiny: Tiny, tmp_path: Path, kind: s
     torch.testing.assert_close(logits(merged, inputs), logits(job.model.network, inputs))
 
 
+def test_each_client_with_a_head_of_its_own_gets_a_merged_model(place: Place) -> None:
+    job = place.job(run__save_merged=True, run__rounds=1, merge__head="local")
+    folder = execute(job)
+    heads = []
+    for client in job.data.rows:
+        write_adapter(job.model, load_adapter(job.model, folder / "adapter" / client))
+        merged = AutoModelForSequenceClassification.from_pretrained(folder / "merged" / client)
+        inputs = tokens(job.model, ["the film was very good", "cold"])
+        torch.testing.assert_close(logits(merged, inputs), logits(job.model.network, inputs))
+        heads.append(logits(merged, inputs))
+    assert not torch.equal(heads[0], heads[1])
+
+
 # ---------------------------------------------------------------- refusals and interruptions
 
 
