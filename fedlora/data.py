@@ -112,7 +112,7 @@ def read_silos(config: Config) -> Silos:
     _check_names(parts, config.partition.column)
     _check_classes(config, parts, ids, labels)
     source = evaluation_source(settings)
-    evaluation = read_table(source, settings) if source else None
+    evaluation = _evaluation(source, settings) if source else None
     if evaluation is not None:
         label_ids(evaluation, labels)
         if (evaluation.pairs is None) != (table.pairs is None):
@@ -193,6 +193,19 @@ def _split(config: Config, silos: Silos, client: str, own: Rows) -> tuple[Rows, 
             "hold out less, or give it more rows"
         )
     return kept, held
+
+
+def _evaluation(source: str, settings: DataSettings) -> Table:
+    """The shared evaluation set; ValueError says how to name another than the usual one."""
+    try:
+        return read_table(source, settings)
+    except ValueError as error:
+        if settings.evaluate:
+            raise
+        raise ValueError(
+            f"{error}; set data.evaluate to another split (NAME:SPLIT) or a file, or to 'none' to "
+            "score held-out rows"
+        ) from error
 
 
 def _client_tables(settings: DataSettings) -> tuple[Table, Parts]:

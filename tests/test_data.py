@@ -488,3 +488,20 @@ def test_published_files_are_dealt_without_edits(data_folder: Path) -> None:
     silos = silos_of(mnli / "train_10k.jsonl", data__evaluate=str(mnli / "dev_matched.jsonl"))
     assert silos.labels == ["contradiction", "entailment", "neutral"]
     assert np.sum(list(silos.counts.values()), axis=0).tolist() == [3_349, 3_213, 3_326]
+
+
+def test_a_hub_set_without_a_validation_split_is_refused_with_remedies(tmp_path: Path) -> None:
+    """IMDB has train and test."""
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "hub").mkdir()
+    for split in ("train", "test"):
+        texts = [text for text, _ in toy_rows(12)]
+        made = datasets.Dataset.from_dict({"text": texts, "label": ["no", "yes"] * 6})
+        made.to_parquet(tmp_path / "hub" / f"{split}.parquet")
+    source = str(tmp_path / "hub")
+    said = refusal(source)
+    assert f"cannot load {source}:validation" in said
+    assert "set data.evaluate to another split" in said
+    assert len(silos_of(source, data__evaluate=f"{source}:test").evaluation or []) == 12
+    assert silos_of(source, data__evaluate="none").evaluation is None
+    assert "set data.evaluate to" not in refusal(source, data__evaluate=f"{source}:validation")
