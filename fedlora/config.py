@@ -62,7 +62,7 @@ class Config:
         lines: list[str] = []
         for section in fields(self):
             values = getattr(self, section.name)
-            rows = [f"{key.name} = {_to_toml(getattr(values, key.name))}" for key in fields(values)]
+            rows = [f"{key.name} = {to_toml(getattr(values, key.name))}" for key in fields(values)]
             lines += [f"[{section.name}]", *rows, ""]
         return "\n".join(lines)
 
@@ -149,7 +149,7 @@ def settings_table() -> list[tuple[str, str, str]]:
     return [
         (
             f"{section.name}.{key.name}",
-            _to_toml(getattr(getattr(Config(), section.name), key.name)),
+            to_toml(getattr(getattr(Config(), section.name), key.name)),
             text,
         )
         for section in fields(Config)
@@ -334,9 +334,10 @@ def _to_flat(value: Any) -> bool | int | float | str:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def _to_toml(value: Any) -> str:
+def to_toml(value: Any) -> str:
+    """A setting's value as TOML has it."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_to_toml(k)} = {_to_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{to_toml(k)} = {to_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(_to_toml(entry) for entry in value) + "]"
+        return "[" + ", ".join(to_toml(entry) for entry in value) + "]"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

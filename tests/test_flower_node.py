@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from tiny import toy_rows, write_lines
 
 from fedlora.adapter import PARTS, ClientState
 from fedlora.adapter_folder import open_folder
+from fedlora.config import make_config
 from fedlora.flower.app import FAILED, client
 from fedlora.flower.limits import refusal
 from fedlora.flower.node import (
@@ -260,23 +263,34 @@ def order_tensors(ready: Any) -> dict[str, Any]:
     return flatten(ready.start)
 
 
+def app_config(project: Path) -> dict[str, Any]:
+    """The settings of a project, flat, as Flower reads them."""
+    tables = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))
+    sections = tables["tool"]["flwr"]["app"]["config"]
+    return {f"{s}.{key}": value for s, keys in sections.items() for key, value in keys.items()}
+
+
 def test_a_project_is_written_whole_and_holds_the_config(place: Place, tmp_path: Path) -> None:
-    import tomllib
-
-    from fedlora.config import make_config
-
     config = place.config("run", merge__rule="fedex", client__ranks=[])
     write_project(tmp_path / "project", config)
-    tables = tomllib.loads((tmp_path / "project" / "pyproject.toml").read_text())
-    app = tables["tool"]["flwr"]["app"]
-    flat = {f"{s}.{k}": v for s, keys in app["config"].items() for k, v in keys.items()}
-    assert make_config(flat) == config
-    assert tables["project"]["dependencies"] == []
+    assert make_config(app_config(tmp_path / "project")) == config
+    made = tomllib.loads((tmp_path / "project" / "pyproject.toml").read_text())
+    assert made["project"]["dependencies"] == []
     assert "app = server" in (tmp_path / "project" / "federation" / "server_app.py").read_text()
     with pytest.raises(ValueError, match="exists already"):
         write_project(tmp_path / "project", config)
     with pytest.raises(ValueError, match="needs no other machines"):
         write_project(tmp_path / "other", place.config("x", run__mode="central"))
+
+
+def test_a_project_is_valid_whatever_the_settings_say(place: Place, tmp_path: Path) -> None:
+    """Emoji are not pairs of surrogates in TOML, and a package's name is ASCII."""
+    names = {"data__labels": ["neg", "pos"], "data__label_names": ["mal 😕", 'so "gut"\x7f']}
+    config = place.config("run", run__name="Klinik-Ü 😕 1", **names)
+    write_project(tmp_path / "project", config)
+    assert make_config(app_config(tmp_path / "project")) == config
+    made = tomllib.loads((tmp_path / "project" / "pyproject.toml").read_text(encoding="utf-8"))
+    assert re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", made["project"]["name"])
 
 
 OWN: dict[str, Any] = {"data__labels": ["neg", "pos"], "flower__clients": ["north"]}

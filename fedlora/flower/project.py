@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 
-from fedlora.config import Config
+from fedlora.config import Config, to_toml
 from fedlora.files import new_folder, write_text
 
 PACKAGE = "federation"
@@ -41,7 +40,9 @@ def write_project(folder: Path, config: Config) -> None:
 
 def pyproject(config: Config) -> str:
     """The project file: no dependencies, so that nothing is installed while it runs."""
-    name = "".join(c if c.isalnum() else "-" for c in config.run.name.lower()).strip("-")
+    name = "".join(
+        c if c.isascii() and c.isalnum() else "-" for c in config.run.name.lower()
+    ).strip("-")
     lines = [
         "[build-system]", 'requires = ["hatchling"]', 'build-backend = "hatchling.build"', "",
         "[project]", f'name = "{name or "federation"}"', 'version = "1.0.0"',
@@ -53,5 +54,5 @@ def pyproject(config: Config) -> str:
         f'clientapp = "{PACKAGE}.client_app:app"', "",
         "[tool.flwr.app.config]",
     ]  # fmt: skip
-    lines += [f"{key} = {json.dumps(value)}" for key, value in config.flat().items()]
+    lines += [f"{key} = {to_toml(value)}" for key, value in config.flat().items()]
     return "\n".join([*lines, ""])
