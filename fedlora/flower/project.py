@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -40,9 +41,7 @@ def write_project(folder: Path, config: Config) -> None:
 
 def pyproject(config: Config) -> str:
     """The project file: no dependencies, so that nothing is installed while it runs."""
-    name = "".join(
-        c if c.isascii() and c.isalnum() else "-" for c in config.run.name.lower()
-    ).strip("-")
+    name = re.sub("[^a-z0-9]", "-", config.run.name.lower()).strip("-")
     lines = [
         "[build-system]", 'requires = ["hatchling"]', 'build-backend = "hatchling.build"', "",
         "[project]", f'name = "{name or "federation"}"', 'version = "1.0.0"',
