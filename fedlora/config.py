@@ -245,9 +245,13 @@ def _check(config: Config) -> None:
         )
     if config.partition.by == "column" and not config.partition.column:
         raise ValueError("partition.by = 'column' needs partition.column, the column's name")
-    labels = config.data.labels
-    if twice := [label for label in labels if labels.count(label) > 1]:
-        raise ValueError(f"data.labels lists {twice[0]!r} twice: each label has one id")
+    for setting, names in (
+        ("data.labels", config.data.labels),
+        ("data.label_names", config.data.label_names),
+        ("flower.clients", config.flower.clients),
+    ):
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{setting} lists {twice[0]!r} twice: one name means one thing")
     if config.data.label_names and len(config.data.label_names) != len(config.data.labels):
         raise ValueError(
             f"data.label_names has {len(config.data.label_names)} names for "

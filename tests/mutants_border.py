@@ -93,7 +93,7 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "name if is_local(name)",
      "the same by another name", "data"),
     ("labels-twice", "config.py",
-     "if twice := [label for label in labels if labels.count(label) > 1]:",
+     "if twice := [name for name in names if names.count(name) > 1]:",
      "if twice := []:", "a label that nothing has", "config data"),
     ("empty-texts-in-silence", "remarks.py", "if not (text.strip() and pair.strip())",
      "if not (text or pair)",
