@@ -246,7 +246,7 @@ def python(folder: Path, *arguments: str) -> Completed:
         env=os.environ | kept,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3600,  # all files of a list, unbroken, are the longest
         check=False,
     )
 
