@@ -156,7 +156,8 @@ def _text_columns(source: str, row: Row, settings: DataSettings, known: Columns)
                 f"data.text and data.pair are both {settings.text!r}: name two columns"
             )
         return settings.text, settings.pair
-    for text, pair in (known, *TEXT_COLUMNS):
+    usual = TEXT_COLUMNS if known == UNKNOWN else (known, *TEXT_COLUMNS)
+    for text, pair in usual:
         if text in row and (not pair or pair in row):
             chosen = text, settings.pair or pair
             if known != UNKNOWN and bool(chosen[1]) != bool(known[1]):

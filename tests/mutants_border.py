@@ -14,7 +14,7 @@ import mutants
 # fmt: off
 MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
     # ------------------------------------------------------------ the data
-    ("columns-guessed-anew", "tables.py", "in (known, *TEXT_COLUMNS)", "in TEXT_COLUMNS",
+    ("columns-guessed-anew", "tables.py", "else (known, *TEXT_COLUMNS)", "else TEXT_COLUMNS",
      "a run is scored on another column than it was trained on", "run_cli"),
     # ------------------------------------------------------------ the model
     ("read-shares-storage", "model.py",

@@ -282,6 +282,12 @@ def test_a_pair_column_without_a_text_column_is_not_ignored(tmp_path: Path) -> N
     assert read_table(str(file), settings).pairs == ["b"]
 
 
+def test_a_column_without_a_name_is_not_the_text(tmp_path: Path) -> None:
+    """That of the row numbers, as pandas writes them."""
+    file = written(tmp_path, "a.csv", ",text,label\n0,good,yes\n1,bad,no\n")
+    assert read_table(file, DataSettings()).texts == ["good", "bad"]
+
+
 def test_columns_of_unusual_names_have_to_be_set(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "a.csv", [["a", "x"]], ["comment", "verdict"])
     assert "Set data.text to one of comment, verdict" in refusal(file)
