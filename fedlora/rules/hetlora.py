@@ -1,12 +1,13 @@
 """HetLoRA: factors of any rank padded with zeros and averaged apart, weights by the updates' norms.
 
 Formula: A = sum w_k [A_k; 0], B = sum w_k [B_k, 0] with w_k proportional to the client's weight
-times
-||s_k (B_k A_k - B_0 A_0)||_F over all layers, B_0 A_0 what it was sent; client k gets the first r_k
-pairs of the result. Pairs that no client of the round has stay as they were (ours: partial
-participation).
+times ||s_k (B_k A_k - B_0 A_0)||_F over all layers, B_0 A_0 what it was sent; client k gets the
+first r_k pairs of the result. Pairs that no client of the round has stay as they were (ours:
+partial participation).
 Source: Cho, Liu, Xu, Fahrezi, Joshi 2024, "Heterogeneous LoRA for federated fine-tuning of
-on-device foundation models" (2401.06432); its self-pruning of ranks on the client is left out.
+on-device foundation models" (2401.06432). Its figure 2 has the norm of B_k A_k whole, which is the
+same in round 1 and later tends to weigh all alike, and no weights by rows (`merge.weights =
+"uniform"`); its self-pruning of ranks on the client is left out.
 Keeps: the means of the factors; more of the clients that have learned more.
 Loses: the covariance of the factors, as `fedavg`; and pairs that few clients have shrink every
 round, since the others count as zero there.
