@@ -216,7 +216,7 @@ class Deployment:
             seen.append(self.status(run))
             return seen[-1].startswith("finished")
 
-        self.wait_for(ended, seconds, 3)
+        self.wait_for(ended, seconds, 8)  # asking takes two seconds of a core
         return seen[-1]
 
     def logs(self) -> str:
