@@ -12,7 +12,7 @@ test: $(VENV)/dev  ## lint, format, types, tests (slow ones, docs and demo inclu
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 mutants: $(VENV)/dev  ## break the code on purpose, one bug at a time, and see each one caught
 	$(BIN)/python tests/mutants.py

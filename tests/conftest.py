@@ -41,11 +41,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In processes side by side files of slow tests alone come first: they end at one time then."""
+    """In processes side by side each file is of one; those of slow tests alone, which start
+    processes of their own, come first and one after another.
+    """
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     quick = {item.path for item in items if not item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path in quick)
+    for item in items:
+        name = item.path.stem if item.path in quick else "slow"
+        item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(autouse=True)
