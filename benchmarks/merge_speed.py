@@ -167,7 +167,7 @@ def merge_case(shape: str, clients: str, rank: str, reference: str) -> dict:
     times = first + timed(lambda: rule(previous, sent, weights), 1 if first[0] > 5 else 4)
     m, n = sizes(shape)
     R = count * r
-    route = chosen_route(R, m, n, r)
+    route = chosen_route(R, r)
     result = {"seconds": min(times), "median": statistics.median(times), "extra": extra,
               "route": route}  # fmt: skip
     merged = rule(previous, sent, weights)

@@ -144,7 +144,7 @@ def _svd(factors: Factors, rank: int, route: Route, start: Tensor | None = None)
     pairs, (m, n) = len(A), factors.shape
     if pairs == 0:
         return B.double(), B.new_zeros(0, dtype=torch.float64), A.double()
-    taken = chosen_route(pairs, m, n, rank) if route == "auto" else route
+    taken = chosen_route(pairs, rank) if route == "auto" else route
     if taken == "gram":
         U, S, Vh, cancelled = gram_svd(A, B, rank)
         if not cancelled or route == "gram":

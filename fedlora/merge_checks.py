@@ -121,8 +121,8 @@ def _some(names: Sequence[str]) -> str:
 
 def _check_pair(first: AdapterFolder, other: AdapterFolder, other_base: bool) -> None:
     """ValueError unless both are adapters of one base, of the same layers and dense tensors."""
-    for key in ("base_model_name_or_path", "revision"):
-        left, right = (adapter.settings.get(key) for adapter in (first, other))
+    for key, default in (("base_model_name_or_path", None), ("revision", "main")):
+        left, right = (adapter.settings.get(key) or default for adapter in (first, other))
         if left != right and not other_base:
             raise ValueError(
                 f"{other.folder} is an adapter of another base: {key} = {right!r}, in "

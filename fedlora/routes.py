@@ -26,7 +26,7 @@ BLOCKS = 12  # up to so many blocks of pairs two Gram matrices are faster (measu
 CHUNK = 2**18  # numbers converted at once
 
 
-def chosen_route(pairs: int, m: int, n: int, rank: int) -> Name:
+def chosen_route(pairs: int, rank: int) -> Name:
     """The route that `truncate(route="auto")` takes for R = `pairs` terms that do not cancel.
 
     `gram` while R is at most 12 blocks (a block is rank + 4, rounded up to 16); else `krylov`.

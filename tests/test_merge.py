@@ -549,6 +549,13 @@ def test_another_name_of_the_base_can_be_allowed_but_not_another_base(
         merge_folders(three, get_rule("fra"), tmp_path / "two", other_base=True)
 
 
+def test_no_revision_is_the_hubs_main(three: list[Path], tmp_path: Path) -> None:
+    reconfigure(three[0], revision=None)
+    reconfigure(three[1], revision="main")
+    merge_folders(three, get_rule("fra"), tmp_path / "out")
+    assert (tmp_path / "out").is_dir()
+
+
 def test_an_embedding_and_a_linear_layer_of_one_name_are_not_mixed(tmp_path: Path) -> None:
     layers = Adapter({"query": random_factors(1)})
     write_folder(tmp_path / "a", layers, PLAIN)
