@@ -260,13 +260,19 @@ def _dealt(config: Config, table: Table, ids: list[int]) -> Parts:
 
 
 def _check_names(parts: Parts, column: str) -> None:
-    """A client's name is also the name of its folder in the run directory."""
+    """A client's name is also the name of its folder in the run directory, and of its ledger."""
+    place, folders = f"column {column!r}" if column else "data.clients", dict[str, str]()
     for client in parts:
         if client in ("", ".", "..") or any(mark in client for mark in "/\\\0"):
-            place = f"column {column!r}" if column else "data.clients"
             raise ValueError(
                 f"{place} names a client {client!r}: a name is a folder of the run directory too, "
                 "so it must not be empty or hold a slash"
+            )
+        other = folders.setdefault(client.strip().casefold(), client)
+        if other != client:
+            raise ValueError(
+                f"{place} names clients {other!r} and {client!r}: some disks take them for one "
+                "folder; rename one, or give both one name if they are the same"
             )
 
 

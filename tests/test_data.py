@@ -251,6 +251,18 @@ def test_a_client_whose_name_is_a_path_is_refused(
     assert repr(name) in refusal("", data__clients=clients, data__labels=["x", "y"])
 
 
+@pytest.mark.parametrize("other", ["MERCY", "mercy "])
+def test_clients_whose_folders_some_disks_take_for_one_are_refused(
+    files: Callable[..., dict[str, str]], other: str
+) -> None:
+    """Their ledgers would be one there, and their adapters."""
+    own = files(a=["x", "y"], b=["x", "y"])
+    message = refusal(
+        "", data__clients={"mercy": own["a"], other: own["b"]}, data__labels=["x", "y"]
+    )
+    assert all(repr(name) in message for name in ("mercy", other)) and "one folder" in message
+
+
 # ---------------------------------------------------------------- held out and evaluated
 
 
