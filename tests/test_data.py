@@ -260,7 +260,8 @@ def test_clients_whose_folders_some_disks_take_for_one_are_refused(
     message = refusal(
         "", data__clients={"mercy": own["a"], other: own["b"]}, data__labels=["x", "y"]
     )
-    assert all(repr(name) in message for name in ("mercy", other)) and "one folder" in message
+    assert all(repr(name) in message for name in ("mercy", other))
+    assert "one folder" in message
 
 
 # ---------------------------------------------------------------- held out and evaluated
