@@ -4,7 +4,7 @@
 
 Beside: the same with a new PLDAccountant for each question, which makes what a step loses anew.
 Processor time, medians of interleaved repeats that each begin with nothing remembered; epsilon by
-round comes after the search, as in a run.
+round comes after the search, as in a run, and leaves out the last, which the search has found.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def seconds(work: Callable[..., object], *given: object) -> float:
 
 
 def measured(budget: float, rate: float, each: int, rounds: int) -> list[float]:
-    """Seconds: our search, the library's, our epsilon of all rounds, the library's."""
+    """Seconds: our search, the library's, our epsilon by round, the library's."""
     for remembers in (noise_for, _epsilon, _step_losses):
         remembers.cache_clear()
     total = each * rounds
