@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from fedlora.hints import near
+from fedlora.partition import check_names
 from fedlora.policy import residual_policy
 from fedlora.rules import Option, get_rule, is_file
 from fedlora.settings import (
@@ -252,6 +253,7 @@ def _check(config: Config) -> None:
     ):
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"{setting} lists {twice[0]!r} twice: one name means one thing")
+    check_names("flower.clients", config.flower.clients)
     if config.data.label_names and len(config.data.label_names) != len(config.data.labels):
         raise ValueError(
             f"data.label_names has {len(config.data.label_names)} names for "

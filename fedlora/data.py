@@ -109,7 +109,8 @@ def read_silos(config: Config) -> Silos:
     ids = label_ids(table, labels)
     if not settings.clients:
         parts = _dealt(config, table, ids)
-    _check_names(parts, config.partition.column)
+    column = config.partition.column
+    partition.check_names(f"column {column!r}" if column else "data.clients", parts)
     _check_classes(config, parts, ids, labels)
     source = evaluation_source(settings)
     evaluation = _evaluation(source, settings) if source else None
@@ -257,23 +258,6 @@ def _dealt(config: Config, table: Table, ids: list[int]) -> Parts:
     else:
         parts = partition.iid(known, names, stream)
     return {client: chosen[rows] for client, rows in parts.items()}
-
-
-def _check_names(parts: Parts, column: str) -> None:
-    """A client's name is also the name of its folder in the run directory, and of its ledger."""
-    place, folders = f"column {column!r}" if column else "data.clients", dict[str, str]()
-    for client in parts:
-        if client in ("", ".", "..") or any(mark in client for mark in "/\\\0"):
-            raise ValueError(
-                f"{place} names a client {client!r}: a name is a folder of the run directory too, "
-                "so it must not be empty or hold a slash"
-            )
-        other = folders.setdefault(client.strip().casefold(), client)
-        if other != client:
-            raise ValueError(
-                f"{place} names clients {other!r} and {client!r}: some disks take them for one "
-                "folder; rename one, or give both one name if they are the same"
-            )
 
 
 def _check_classes(config: Config, parts: Parts, ids: list[int], labels: list[str]) -> None:

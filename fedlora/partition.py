@@ -6,7 +6,7 @@ Every function takes its own random generator and returns rising rows, none of t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,6 +16,26 @@ from fedlora.seeding import derive
 
 Rows: TypeAlias = NDArray[np.int64]
 Parts: TypeAlias = dict[str, Rows]
+
+
+def check_names(place: str, clients: Iterable[str]) -> None:
+    """ValueError for a client's name that cannot be that of its folder and of its ledger.
+
+    `place` is where the names were given, for the message.
+    """
+    folders = dict[str, str]()
+    for client in clients:
+        if client in ("", ".", "..") or any(mark in client for mark in "/\\\0"):
+            raise ValueError(
+                f"{place} names a client {client!r}: a name is a folder of the run directory too, "
+                "so it must not be empty or hold a slash"
+            )
+        other = folders.setdefault(client.strip().casefold(), client)
+        if other != client:
+            raise ValueError(
+                f"{place} names clients {other!r} and {client!r}: some disks take them for one "
+                "folder; rename one, or give both one name if they are the same"
+            )
 
 
 def iid(labels: Sequence[int], clients: Sequence[str], rng: np.random.Generator) -> Parts:

@@ -146,9 +146,24 @@ def _json_rows(source: str, quoting: str) -> Rows:
                 raise ValueError(f"{source}, line {number}: not JSON: {error.msg}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{source}, line {number}: expected one JSON object a line")
+            if "\\ud" in line.lower():
+                _check_whole(f"{source}, line {number}", row)
             found.rows.append(row)
             found.lines.append(number)
     return found
+
+
+def _check_whole(place: str, row: Row) -> None:
+    """JSON writes some characters as two escapes; one alone cannot be tokenised or written."""
+    for column, value in row.items():
+        try:
+            f"{column}{value}".encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(
+                f"{place}: column {column!r} has {half!r}, half of a character, as where a text "
+                "was cut within one: take it out"
+            ) from None
 
 
 def _not_utf8(source: str) -> ValueError:

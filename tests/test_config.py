@@ -260,6 +260,8 @@ def test_hub_names_builtins_and_absolute_paths_stay_as_they_are(name: str, write
         ("data.labels", ["x", "y", "x"], r"data\.labels lists 'x' twice"),
         ("data.label_names", ["x", "x"], r"data\.label_names lists 'x' twice"),
         ("flower.clients", ["x", "x"], r"flower\.clients lists 'x' twice"),
+        ("flower.clients", ["Nord", "nord"], r"flower\.clients names clients 'Nord' and 'nord'"),
+        ("flower.clients", ["a/b"], r"flower\.clients names a client 'a/b'"),
         ("run.device", "gpu", r"did you mean 'cuda'\?"),
         ("merge.rule", "fedvag", r"merge\.rule: unknown rule 'fedvag'; did you mean 'fedavg'\?"),
         ("merge.options.guage", "balanced", r"no option 'guage'; did you mean 'gauge'\?"),

@@ -187,6 +187,19 @@ def test_a_line_that_is_no_json_object_is_named(tmp_path: Path, line: str, words
     assert words in refusal(file)
 
 
+@pytest.mark.parametrize("half", ["\\uD83D", "\\ude00"])
+def test_half_a_character_is_named_with_its_line(tmp_path: Path, half: str) -> None:
+    whole = '{"text": "a \\ud83d\\ude00", "label": "x"}\n'
+    said = refusal(written(tmp_path, "a.jsonl", whole + '{"text": "b ' + half + '", "label": "y"}'))
+    assert f"a.jsonl, line 2: column 'text' has '{half.lower()}', half of a character" in said
+
+
+def test_both_halves_are_a_character(tmp_path: Path) -> None:
+    line = '{"text": "a \\ud83d\\ude00", "label": "x"}\n'
+    table = read_table(written(tmp_path, "a.jsonl", line), DataSettings())
+    assert table.texts == ["a \U0001f600"]
+
+
 @pytest.mark.parametrize("missing", [{"text": None, "label": "x"}, {"label": "x"}])
 @pytest.mark.parametrize("column", ["text", "label"])
 def test_a_missing_value_is_named_with_its_line(
