@@ -11,6 +11,7 @@ import json
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -56,11 +57,19 @@ class Trial:
 
 @dataclass(frozen=True)
 class Variant:
-    """One method or case: its name, its settings, and the grid that is to be tuned."""
+    """One method or case: its name, its settings, and the grid that is to be tuned.
+
+    A method runs in the cases whose names fit one of its patterns (`*` stands for any text).
+    """
 
     name: str
     settings: Mapping[str, Any]
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    patterns: Sequence[str] = ("*",)
+
+    def runs_in(self, case: Variant) -> bool:
+        """Whether this method is one of the case's."""
+        return any(fnmatchcase(case.name, pattern) for pattern in self.patterns)
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,10 @@ class Sweep:
 
     @property
     def groups(self) -> list[tuple[Variant, Variant]]:
-        """Every method with every case."""
-        return [(method, case) for case in self.cases for method in self.methods]
+        """Every case with its methods."""
+        return [
+            (method, case) for case in self.cases for method in self.methods if method.runs_in(case)
+        ]
 
     def tuning_trials(self, method: Variant, case: Variant) -> list[Trial]:
         """The trials that choose the grid's values; none where there is nothing to choose."""
@@ -130,7 +141,8 @@ def load_sweep(
 
     In a method or a case a list stands for a grid (a list of lists where the setting itself is a
     list): every combination becomes a method or case of its own, named by its values, unless the
-    key is in `tune`: then the value is chosen for each method and case. `own_rule` as in
+    key is in `tune`: then the value is chosen for each method and case. A method's `cases` are
+    the names of those that it runs in, or patterns of them; by default all. `own_rule` as in
     `load_config`.
     """
     try:
@@ -189,16 +201,18 @@ def _variants(kind: str, entries: Any, tune: Sequence[str], folder: Path) -> lis
         raise ValueError(f"[[sweep.{kind}]] must be a list of tables, each with its settings")
     if not entries:
         raise ValueError(f"a sweep needs at least one [[sweep.{kind}]], such as merge.rule = 'fra'")
-    found = [variant for entry in entries for variant in _expanded(entry, tune, folder)]
-    names = [variant.name for variant in found]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"[[sweep.{kind}]]: two are called {twice[0]!r}: give each a name")
-    return found
+    return [variant for entry in entries for variant in _expanded(kind, entry, tune, folder)]
 
 
-def _expanded(entry: Mapping[str, Any], tune: Sequence[str], folder: Path) -> list[Variant]:
+def _expanded(
+    kind: str, entry: Mapping[str, Any], tune: Sequence[str], folder: Path
+) -> list[Variant]:
     """A method or case for every combination of its lists; lists of keys to tune stay a grid."""
-    flat = flattened({k: v for k, v in entry.items() if k != "name"})
+    own = ("name", "cases") if kind == "methods" else ("name",)
+    flat = flattened({k: v for k, v in entry.items() if k not in own})
+    patterns = entry.get("cases", ["*"]) if "cases" in own else ["*"]
+    if not isinstance(patterns, list) or not all(isinstance(one, str) for one in patterns):
+        raise ValueError(f"[[sweep.methods]] cases = {patterns!r} is no list of cases' names")
     if "run.seed" in flat:
         raise ValueError("run.seed cannot be set in a method or case: list the seeds in [sweep]")
     axes = {key: value for key, value in flat.items() if _is_grid(key, value)}
@@ -213,7 +227,7 @@ def _expanded(entry: Mapping[str, Any], tune: Sequence[str], folder: Path) -> li
         point = dict(zip(crossed, values, strict=True))
         told = {key: value for key, value in point.items() if len(crossed[key]) > 1}
         name = _name(str(entry.get("name", "")), {**fixed, **point}, told)
-        variants.append(Variant(name, anchored({**fixed, **point}, folder), grid))
+        variants.append(Variant(name, anchored({**fixed, **point}, folder), grid, patterns))
     return variants
 
 
@@ -253,6 +267,7 @@ def _seeds(key: str, value: Any) -> list[int]:
 
 def _check(sweep: Sweep, tune: Sequence[str]) -> None:
     """Every trial's config is made once, so that a mistake shows before anything runs."""
+    _check_cases(sweep)
     used = {key for method in sweep.methods for key in method.grid}
     if idle := sorted(set(tune) - used):
         raise ValueError(f"sweep.tune names {idle[0]!r}, but no method lists values of it")
@@ -262,6 +277,29 @@ def _check(sweep: Sweep, tune: Sequence[str]) -> None:
         for trial in sweep.tuning_trials(method, case):
             _check_tuning(trial.config)
         sweep.trials(method, case, sweep.sole_point(method))
+
+
+def _check_cases(sweep: Sweep) -> None:
+    """ValueError for two cases of a name, two methods of a name in one, and one without any."""
+    names = [case.name for case in sweep.cases]
+    _check_different("cases", names)
+    for case in sweep.cases:
+        methods = [method.name for method, its_case in sweep.groups if its_case is case]
+        _check_different("methods", methods)
+        if not methods:
+            raise ValueError(f"no [[sweep.methods]] runs in case {case.name!r}")
+    for method in sweep.methods:
+        for pattern in method.patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"method {method.name!r}: there is no case {pattern!r}{near(pattern, names)}; "
+                    f"cases are {', '.join(map(repr, names))}"
+                )
+
+
+def _check_different(kind: str, names: Sequence[str]) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"[[sweep.{kind}]]: two are called {twice[0]!r}: give each a name")
 
 
 def _check_tuning(config: Config) -> None:

@@ -26,6 +26,15 @@ merge.options.gauge = "orthonormal"
 """
 
 
+CASES = """
+[[sweep.cases]]
+name = "cold"
+[[sweep.cases]]
+name = "warm up"
+client.warmup = 0.5
+"""
+
+
 def read(tmp_path: Path, text: str, *overrides: str) -> Sweep:
     path = tmp_path / "small.toml"
     path.write_text(text, encoding="utf-8")
@@ -56,6 +65,36 @@ def test_lists_are_crossed_but_for_the_keys_that_are_tuned(tmp_path: Path) -> No
     own = sweep.methods[2]
     assert sweep.tuning_trials(own, case) == []
     assert sweep.trials(own, case, {})[0].config.merge.options == {"gauge": "orthonormal"}
+
+
+def test_a_method_runs_in_the_cases_that_it_names(tmp_path: Path) -> None:
+    sweep = read(
+        tmp_path,
+        f"""[sweep]
+        seeds = 1
+        tune = ["client.lr"]
+        {CASES}
+        [[sweep.methods]]
+        cases = ["cold"]
+        merge.rule = ["fra", "ffa"]
+        client.lr = [1e-3, 2e-3]
+        [[sweep.methods]]
+        cases = ["w*m*"]
+        merge.rule = "fra"
+        client.lr = 4e-3
+        [[sweep.methods]]
+        merge.rule = "fedavg"
+        """,
+    )
+    names = [(case.name, method.name) for method, case in sweep.groups]
+    assert names == [
+        ("cold", "fra"), ("cold", "ffa"), ("cold", "fedavg"), ("warm up", "fra"),
+        ("warm up", "fedavg"),
+    ]  # fmt: skip
+    assert [len(sweep.tuning_trials(*group)) for group in sweep.groups] == [2, 2, 0, 0, 0]
+    (warm,) = sweep.trials(*sweep.groups[3], {})
+    assert (warm.config.client.lr, warm.config.client.warmup) == (4e-3, 0.5)
+    assert "cases" not in warm.varied
 
 
 def test_without_tuning_every_value_is_a_method(tmp_path: Path) -> None:
@@ -207,6 +246,13 @@ def test_shared_settings_may_be_changed_from_outside(tmp_path: Path) -> None:
             "unit = 'client'",
         ),
         ("[sweep]" + METHODS + METHODS, "two are called 'fra, lr 0.001'"),
+        (
+            f"[sweep]{CASES}" + METHODS.replace("merge", "cases = ['warm']\nmerge", 1),
+            r"method 'fra, lr 0\.001': there is no case 'warm'; did you mean 'warm up'",
+        ),
+        (f"[sweep]{CASES}[[sweep.methods]]\ncases = ['cold']", "no .* runs in case 'warm up'"),
+        (f"[sweep]{CASES}[[sweep.methods]]\ncases = 'cold'", "cases = 'cold' is no list"),
+        (f"[sweep]{CASES}cases = ['cold']{METHODS}", "unknown setting 'cases'"),
         ("[sweep", "is not valid TOML"),
     ],
 )

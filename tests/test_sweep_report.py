@@ -313,7 +313,9 @@ EPSILONS = {"epsilon 1": 1.0, "epsilon 8": 8.0, "none": None}
 
 
 def private_sweep(folder):
-    """Two methods at two epsilons and none; a ledger for each private run."""
+    """Two methods at two epsilons and none, each at its own rate, which is one rate without
+    privacy; a ledger for each private run.
+    """
     finals = {"epsilon 1": 0.6, "epsilon 8": 0.7, "none": 0.8}
     made = make_sweep(
         folder, {"fra": {}, "ffa": {"merge.rule": "ffa"}},
@@ -324,14 +326,18 @@ def private_sweep(folder):
     for entry in plan["runs"]:
         epsilon, run = EPSILONS[entry["case"]], run_path(made, entry["id"])
         unit = "example" if epsilon else "none"
+        rate = 0.01 if epsilon and entry["method"] == "fra" else 0.02
         budget = f"epsilon = {epsilon}" if epsilon else ""
-        with (run / "config.toml").open("a") as file:
-            file.write(f'[privacy]\nunit = "{unit}"\n{budget}\n[partition]\nclients = 3\n')
+        written = re.sub("lr = .*", f"lr = {rate}", (run / "config.toml").read_text())
+        more = f'[privacy]\nunit = "{unit}"\n{budget}\n[partition]\nclients = 3\n'
+        (run / "config.toml").write_text(written + more)
         if epsilon:
             (run / "ledgers").mkdir()
             terms = Terms("0", "example", 1e6, 1e-5, "rdp")
             intend(run / "ledgers" / "0.ledger", terms, 1, [Mechanism(10.0 / epsilon)])
-        entry["varied"] |= {"partition.clients": 3, "privacy.epsilon": epsilon}
+        entry["varied"] |= {
+            "partition.clients": 3, "privacy.epsilon": epsilon, "client.lr": rate,
+        }  # fmt: skip
     (made / "sweep.json").write_text(json.dumps(plan))
     return made
 

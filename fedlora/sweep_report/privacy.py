@@ -39,8 +39,9 @@ def privacy_section(cases: Sequence[Case], varied: Sequence[str]) -> Section:
 
     `varied` are the settings in which the sweep's runs differ.
     """
-    told = [key for key in varied if key not in EPSILON]
-    levels = [_level(case, told) for case in cases if case.there]
+    there = [case for case in cases if case.there]
+    told = [key for key in varied if key not in EPSILON and all(_shared(c, key) for c in there)]
+    levels = [_level(case, told) for case in there]
     groups: dict[tuple[str, ...], list[Level]] = {}
     for level in sorted(levels, key=lambda one: one.epsilon):
         groups.setdefault(level.rest, []).append(level)
@@ -72,12 +73,17 @@ def run_noise(run: Run) -> float:
 
 
 def _level(case: Case, varied: Sequence[str]) -> Level:
-    """The case with what all of its methods share; in what they differ says nothing of it."""
-    runs = [arm.all[0] for arm in case.there]
-    values = {key: [setting(run, key) for run in runs] for key in varied}
-    rest = [_short(key, own[0]) for key, own in values.items() if own.count(own[0]) == len(own)]
+    """The case as a level; `varied` are settings that all of its methods share."""
+    run = case.there[0].all[0]
+    rest = [_short(key, setting(run, key)) for key in varied]
     noise = max(run_noise(run) for arm in case.there for run in arm.all)
-    return Level(run_epsilon(runs[0]), tuple(rest), case, noise)
+    return Level(run_epsilon(run), tuple(rest), case, noise)
+
+
+def _shared(case: Case, key: str) -> bool:
+    """Whether the methods of a case have one value; where they differ, it says nothing of it."""
+    first, *others = (setting(arm.all[0], key) for arm in case.there)
+    return all(other == first for other in others)
 
 
 def _arms(levels: Sequence[Level]) -> list[Arm]:
