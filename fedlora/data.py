@@ -127,14 +127,17 @@ def read_silos(config: Config) -> Silos:
     return Silos(table, ids, labels, parts, evaluation)
 
 
-def tokenised(config: Config, silos: Silos, tokenizer: Any) -> Data:
+def tokenised(config: Config, silos: Silos, tokenizer: Any, secret: int | None = None) -> Data:
     """Tokenises every text once and splits off what each client holds out (seeded, by label; under
     example-level privacy each row by itself).
 
-    ValueError where there is nothing to train or to evaluate on.
+    `secret` takes the seed's place where somebody who chooses the config must not learn, from how
+    many rows are left or from a failure, whether a row is there: a text without a token is then
+    kept as one unknown token. ValueError where there is nothing to train or to evaluate on.
     """
-    rows, heldout = split(config, silos)
-    train = encode(silos.table, silos.label_ids, tokenizer, config.data.max_length)
+    rows, heldout = split(config, silos, secret)
+    empty = secret is not None
+    train = encode(silos.table, silos.label_ids, tokenizer, config.data.max_length, empty)
     if silos.evaluation is None:
         pooled = np.sort(np.concatenate(list(heldout.values())))
         if pooled.size == 0:
@@ -144,23 +147,27 @@ def tokenised(config: Config, silos: Silos, tokenizer: Any) -> Data:
             )
         return Data(train, rows, heldout, train, pooled, own_evaluation=True)
     ids = label_ids(silos.evaluation, silos.labels)
-    evaluation = encode(silos.evaluation, ids, tokenizer, config.data.max_length)
+    evaluation = encode(silos.evaluation, ids, tokenizer, config.data.max_length, empty)
     return Data(train, rows, heldout, evaluation, np.arange(len(evaluation)))
 
 
-def split(config: Config, silos: Silos) -> tuple[Parts, Parts]:
-    """(what each client trains on, what it holds out), drawn by the seed."""
+def split(config: Config, silos: Silos, secret: int | None = None) -> tuple[Parts, Parts]:
+    """(what each client trains on, what it holds out), drawn by the seed or by a `secret`."""
+    seed = config.run.seed if secret is None else secret
     rows: Parts = {}
     heldout: Parts = {}
     for client, own in sorted(silos.parts.items()):
-        rows[client], heldout[client] = _split(config, silos, client, own)
+        rows[client], heldout[client] = _split(config, silos, client, own, seed)
     return rows, heldout
 
 
-def encode(table: Table, ids: Sequence[int], tokenizer: Any, max_length: int) -> Examples:
+def encode(
+    table: Table, ids: Sequence[int], tokenizer: Any, max_length: int, empty: bool = False
+) -> Examples:
     """The table's texts as token numbers, cut to `max_length`, not padded.
 
-    ValueError, with its place, for a text without a single token.
+    ValueError, with its place, for a text without a single token, unless `empty` ones are to be
+    one unknown token.
     """
     encoded = tokenizer(table.texts, table.pairs, truncation=True, max_length=max_length)
     padding = {
@@ -172,6 +179,8 @@ def encode(table: Table, ids: Sequence[int], tokenizer: Any, max_length: int) ->
         for name in padding
         if name in encoded
     }
+    if empty:
+        inputs = {name: _filled(tokenizer, name, rows) for name, rows in inputs.items()}
     lengths = np.array([row.size for row in inputs["input_ids"]], dtype=np.int64)
     if not lengths.all():
         row = int(np.argmin(lengths))
@@ -179,9 +188,16 @@ def encode(table: Table, ids: Sequence[int], tokenizer: Any, max_length: int) ->
     return Examples(inputs, np.array(ids, dtype=np.int64), lengths, padding)
 
 
-def _split(config: Config, silos: Silos, client: str, own: Rows) -> tuple[Rows, Rows]:
+def _filled(tokenizer: Any, name: str, rows: Sequence[Rows]) -> list[Rows]:
+    """The rows, those without a token as one that stands for nothing known."""
+    unknown = tokenizer.pad_token_id if tokenizer.unk_token_id is None else tokenizer.unk_token_id
+    filler = np.array([unknown if name == "input_ids" else 0], dtype=np.int64)
+    return [row if row.size else filler for row in rows]
+
+
+def _split(config: Config, silos: Silos, client: str, own: Rows, seed: int) -> tuple[Rows, Rows]:
     """What a client trains on and what it holds out."""
-    share, seed = config.data.holdout, config.run.seed
+    share = config.data.holdout
     if config.privacy.unit != "example":
         stream = numpy_generator(seed, "holdout", client)
         return partition.split_off(own, silos.label_ids, share, stream)

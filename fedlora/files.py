@@ -113,6 +113,15 @@ def owner(folder: Path) -> str | None:
         return None
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, each there to stay."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes a rename in the folder outlast a loss of power, where the system can."""
     try:

@@ -6,6 +6,7 @@ Every function takes its own random generator and returns rising rows, none of t
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -132,10 +133,16 @@ def split_each(
 ) -> tuple[Rows, Rows]:
     """(kept, held out): each row by itself with probability `share`, whatever the others are.
 
-    By a hash of seed, client and the row's `contents`, its texts and its label: files that differ
-    in one row are split alike but for that row, as privacy asks. Either side may be empty.
+    By a hash of seed, client, the row's `contents` (its texts and its label) and how often they
+    came before: files that differ in one row are split alike but for that row, as privacy asks.
+    Either side may be empty.
     """
-    drawn = [derive(seed, "holdout", client, *contents[row]) for row in rows]
+    copies = Counter[tuple[str, ...]]()
+    drawn = []
+    for row in rows:
+        own = tuple(contents[row])
+        drawn.append(derive(seed, "holdout", client, *own, copies[own]))
+        copies[own] += 1
     held = np.array(drawn, dtype=np.float64) < share * 2.0**63
     return rows[~held], rows[held]
 

@@ -244,7 +244,9 @@ def _evaluated(
         for client in data.heldout if name == GLOBAL else [name]:
             if data.heldout[client].size and shares_metrics(config.privacy):
                 own = evaluate(model, data.train, data.heldout[client], batch)
-                scored.heldout[client] = own
+                # whether a run of a trusted server ends must not depend on one client's rows
+                if math.isfinite(own.loss) or config.privacy.unit != "client":
+                    scored.heldout[client] = own
     for scores in (*scored.shared.values(), *scored.heldout.values()):
         if not math.isfinite(scores.loss):
             raise ValueError(

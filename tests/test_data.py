@@ -325,6 +325,12 @@ def test_a_row_more_changes_its_own_place_alone_under_privacy(
     assert sum(more, Counter()) == Counter([new])
 
 
+def test_copies_of_a_row_are_held_out_each_by_itself(tmp_path: Path) -> None:
+    """All at once, a count of the rows that are left would tell how many there are."""
+    held = placed(tmp_path, [*OWN, *[NEW] * 100], **PRIVATE)["held"][NEW]
+    assert 10 < held < 45  # 25 expected, with a deviation of 4
+
+
 @pytest.mark.parametrize("at", [0, 1, 120, 199])
 def test_a_row_less_or_relabelled_changes_its_own_place_alone_under_privacy(
     tmp_path: Path, at: int

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from bench import Place, records, summary
 from crashes import killed_at
@@ -22,10 +23,11 @@ from typer.testing import CliRunner
 from fedlora import run
 from fedlora.cli import app
 from fedlora.errors import PublicError
+from fedlora.evaluate import Scores
 from fedlora.files import locked
 from fedlora.flower.app import client
 from fedlora.flower.limits import admit, refusal
-from fedlora.flower.node import ledger_folder, load_node
+from fedlora.flower.node import SECRET, ledger_folder, load_node, own_secret
 from fedlora.flower.serving import serve
 from fedlora.flower.wire import Order
 from fedlora.privacy.accounting import Mechanism, epsilon, noise_for
@@ -35,6 +37,7 @@ from fedlora.privacy.statement import statement
 from fedlora.resume import find
 from fedlora.rules import Plan
 from fedlora.run import execute, prepare
+from fedlora.seeding import derive
 from fedlora.status import status_lines
 from fedlora.stopped import check_new
 
@@ -266,6 +269,19 @@ def test_a_ledger_that_is_gone_ends_the_run(place: Place) -> None:
         resumed(folder, place.config("run", **PRIVATE, privacy__rounds=5))
 
 
+def test_a_run_is_not_resumed_without_the_head_of_a_ledger(place: Place) -> None:
+    """It is looked at before any other client is charged."""
+    settings = {**PRIVATE, "privacy__rounds": 5}
+    with pytest.raises(KeyboardInterrupt):
+        started(place, killed_in_round(2), **settings)
+    ledgers = place.folder / "run" / LEDGERS
+    (ledgers / "2.head").unlink()
+    before = {path.name: path.read_bytes() for path in ledgers.glob("*.ledger")}
+    with pytest.raises(ValueError, match=r"2\.ledger .* lines are missing"):
+        resumed(place.folder / "run", place.config("run", **settings))
+    assert {path.name: path.read_bytes() for path in ledgers.glob("*.ledger")} == before
+
+
 @pytest.mark.parametrize("reached", [1, 2])
 def test_a_shortened_ledger_ends_a_run_before_and_after_its_first_checkpoint(
     place: Place, reached: int
@@ -320,6 +336,8 @@ def test_without_a_public_evaluation_set_private_rows_would_be_scored(place: Pla
     [
         ({"client__ranks": [1, 2]}, "does not go with client.ranks"),
         ({"run__save_best": True}, "run.save_best chooses on held-out rows"),
+        ({"privacy__quantile": 0.5}, r"privacy\.quantile is for privacy\.unit = 'client'"),
+        ({"privacy__design": "core"}, r"privacy\.design is for privacy\.unit = 'client'"),
         ({"privacy__rounds": 1}, "privacy.rounds = 1 .* in 2 rounds"),
         ({"privacy__delta": 0.1}, r"lets one of 1\d examples through"),
     ],
@@ -547,6 +565,17 @@ def started_as(place: Place, name: str, **settings: Any) -> Path:
     return execute(prepare(config))
 
 
+def test_single_clients_rows_end_no_run_of_a_trusted_server(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many rounds there were is on the card; without privacy a client may end it."""
+    broken = Scores(loss=math.nan, confusion=np.eye(2, dtype=np.int64))
+    monkeypatch.setattr("fedlora.recording.evaluate", lambda *_: broken)
+    assert summary(started(place, **TRUSTED))["rounds"] == 2
+    with pytest.raises(ValueError, match="the loss of the merged adapter is nan"):
+        execute(place.job("plain"))
+
+
 def test_the_statement_names_the_files_that_have_figures_of_clients(place: Place) -> None:
     text = told(started(place, **TRUSTED))
     assert "metrics.jsonl, summary.json" in text
@@ -562,6 +591,19 @@ def test_no_epsilon_is_printed_where_an_older_ledger_took_the_place_of_the_last(
     ledger.write_bytes(b"".join(lines[:3]))
     ledger.with_suffix(".head").write_text(json.loads(lines[2])["hash"])
     with pytest.raises(ValueError, match=r"client 1 reported epsilon .*an older one took"):
+        told(folder)
+
+
+def test_no_epsilon_is_printed_where_the_servers_ledger_lacks_a_round(place: Place) -> None:
+    folder = started(place, **TRUSTED)
+    ledger = folder / LEDGERS / "server.ledger"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    ledger.write_bytes(b"".join(lines[:3]))
+    ledger.with_suffix(".head").unlink()
+    with pytest.raises(ValueError, match="lines are missing"):
+        told(folder)
+    ledger.with_suffix(".head").write_text(json.loads(lines[2])["hash"])
+    with pytest.raises(ValueError, match=r"round 2 was merged and its noise is not in .*an older"):
         told(folder)
 
 
@@ -622,18 +664,27 @@ def test_without_reports_of_nodes_the_statement_has_their_budget(place: Place) -
     assert "nothing was spent" not in told(folder)
 
 
-def test_a_node_whose_reports_fall_is_named_and_its_largest_counts(place: Place) -> None:
+def test_a_node_whose_reports_do_not_rise_is_named_and_its_ledgers_add_up(place: Place) -> None:
+    """The second ledger has its first round in it, or as much as the first one had."""
     flat = place.config("run", **PRIVATE).flat()
     folder = serve(LocalGrid(client, flat, [{"partition-id": k} for k in range(3)]), flat)
 
     def change(line: dict[str, Any]) -> None:
         for name, own in line["clients"].items():
-            own["epsilon"] = {("1", 1): 6.5, ("1", 2): 6.25}.get((name, line["round"]), 2.0)
+            own["epsilon"] = {("1", 1): 6.5, ("1", 2): second}.get(
+                (name, line["round"]), 2.0 * line["round"]
+            )
 
-    rewritten(folder, change)
-    assert "1: epsilon 6.5, as it says; it has reported more before" in told(folder)
-    assert told(folder).count("it has reported more") == 1
-    assert "at least 6.5 of it is spent" in told(folder)
+    for second in (6.25, 6.5):
+        rewritten(folder, change)
+        text = told(folder)
+        assert f"1: epsilon {6.5 + second:g}, as it says; its reports fell" in text
+        assert "so that 2 of them add up, with delta 0.002" in text
+        assert text.count("its reports fell") == 1
+        assert (
+            f"no bound is known, since 1 lost ledgers; at least {6.5 + second:g} is spent" in text
+        )
+        assert "at most 8" not in text
 
 
 def test_a_private_run_goes_on_where_its_ledgers_are(place: Place) -> None:
@@ -681,6 +732,8 @@ def limited(place: Place, settings: dict[str, Any], name: str = "run", **limits:
     flat = place.config(name, **{**PRIVATE, "data__labels": ["neg", "pos"], **settings}).flat()
     file = write_csv(place.folder / "own.csv", toy_rows(16))
     own = {"name": "1", "data": str(file), "state": str(place.folder / "states")}
+    (place.folder / "states" / "1").mkdir(parents=True, exist_ok=True)
+    (place.folder / "states" / "1" / SECRET).write_text("0")  # four rows are held out
     return load_node(flat, own | limits)
 
 
@@ -693,7 +746,8 @@ def limited(place: Place, settings: dict[str, Any], name: str = "run", **limits:
         ({"epsilon": 15}, 6, {}, None),
         ({"epsilon": 15, "delta": 1.005e-3}, 6, {}, "epsilon"),  # the deltas add up
         ({"epsilon": 15, "delta": 1.05e-3}, 6, {}, None),
-        ({"epsilon": 8}, 0, {"privacy__delta": 0.08}, None),
+        ({"epsilon": 8}, 0, {"privacy__delta": 0.06}, None),
+        ({"epsilon": 8}, 0, {"privacy__delta": 0.07}, "epsilon"),  # of 16 rows, 12 of them trained
         ({"epsilon": 8, "delta": 1e-5}, 0, {}, "epsilon"),
         ({"epsilon": 8}, 0, {"privacy__share_metrics": True}, "epsilon"),
         ({"epsilon": 8, "share-metrics": True}, 0, {"privacy__share_metrics": True}, None),
@@ -724,6 +778,58 @@ def test_a_ledger_that_is_gone_is_no_budget_that_is_free_again(place: Place) -> 
             admit(after, order(after, "two/0"))
 
 
+def probed(place: Place, rows: list[tuple[str, str]], **settings: Any) -> Any:
+    """What a server hears of a node with these rows and a limit on epsilon, before any round."""
+    wanted = {**PRIVATE, "data__labels": ["neg", "pos"], "flower__clients": ["north"], **settings}
+    flat = place.config("run", **wanted).flat()
+    own = {
+        "name": "north", "data": str(write_csv(place.folder / "own.csv", rows)), "epsilon": 8.0,
+        "state": str(place.folder / "states"), "text": "text", "label": "label",
+    }  # fmt: skip
+    return load_node(flat, own)
+
+
+def test_the_number_of_rows_left_tells_no_server_whether_a_row_is_there(place: Place) -> None:
+    """It chooses seed and share: by their hash it would hold out this row and no other, and count.
+
+    A node draws from a secret of its own, the same in every run.
+    """
+    text, label = known = ("the film was warm and so good", "pos")
+    draws = [derive(seed, "holdout", "north", text, text, label, 0) / 2.0**63 for seed in range(9)]
+    seed, share = next((seed, draw) for seed, draw in enumerate(draws) if 0.1 < draw < 0.8)
+    counts = [
+        probed(place, [*toy_rows(40), known], data__holdout=tried, run__seed=seed).examples
+        for tried in (share, math.nextafter(share, 1.0), 0.25)
+    ]
+    assert counts[0] == counts[1]
+    again = probed(place, [*toy_rows(40), known], data__holdout=0.25, run__seed=seed + 1)
+    assert again.examples == counts[2] < 41
+    assert len((place.folder / "states" / "north" / SECRET).read_text().strip()) > 24
+
+
+def test_a_nodes_secret_is_its_own(tmp_path: Path) -> None:
+    first = own_secret(tmp_path / "a" / "b")
+    assert own_secret(tmp_path / "a" / "b") == first
+    assert own_secret(tmp_path / "a" / "c") != first
+
+
+def test_a_tokenizer_of_the_servers_choice_tells_not_whether_a_text_is_there(place: Place) -> None:
+    """One that makes nothing of a single text: a refusal of texts without a token would tell."""
+    shutil.copytree(place.base, odd := place.folder / "odd")
+    made = json.loads((odd / "tokenizer.json").read_text())
+    made["normalizer"] = {"type": "Replace", "pattern": {"String": "the film"}, "content": ""}
+    made["post_processor"] = None
+    (odd / "tokenizer.json").write_text(json.dumps(made))
+    ready = probed(place, [*toy_rows(40), ("the film", "pos")], model__name=str(odd))
+    assert ready.all_rows == 41
+    assert ready.loaded.data.train.lengths.min() == 1
+
+
+def test_a_single_class_is_no_reason_to_refuse(place: Place) -> None:
+    rows = [(text, "pos") for text, _ in toy_rows(40)]
+    assert probed(place, rows).all_rows == 40
+
+
 def test_code_that_comes_with_a_model_runs_where_the_node_allows_it(place: Place) -> None:
     code = {"model__trust_remote_code": True}
     with pytest.raises(PublicError, match="not allowed here"):
@@ -732,10 +838,11 @@ def test_code_that_comes_with_a_model_runs_where_the_node_allows_it(place: Place
 
 
 def test_a_node_with_a_limit_refuses_a_run_without_privacy(place: Place) -> None:
-    ready = limited(place, {"privacy__unit": "none"}, epsilon=8)
-    refused = admit(ready, order(ready))
-    assert refused is not None
-    assert refused[1].startswith("the run protects no examples")
+    """Before a row is read: how many are held out by label would be told at once."""
+    (place.folder / "own.csv").unlink(missing_ok=True)
+    for unit in ("none", "client"):
+        with pytest.raises(PublicError, match="the run protects no examples"):
+            limited(place, {"privacy__unit": unit, "privacy__epsilon": 1.0}, epsilon=8)
 
 
 def test_runs_at_the_same_time_do_not_spend_the_same_epsilon(place: Place) -> None:
@@ -751,7 +858,6 @@ def test_runs_at_the_same_time_do_not_spend_the_same_epsilon(place: Place) -> No
 
 def test_a_budget_is_set_aside_by_one_run_at_a_time(place: Place) -> None:
     ready = limited(place, {}, epsilon=8)
-    ready.states.mkdir(parents=True)
     with ThreadPoolExecutor() as pool:
         with locked(ready.states):
             asked = pool.submit(admit, ready, order(ready))
@@ -854,7 +960,7 @@ def test_the_adapters_card_and_the_run_directory_say_what_is_protected(
     card = (folder / "adapter" / "README.md").read_text()
     delta = settings.get("privacy__delta", 1e-5)
     assert f"Protected: {whose}" in card
-    assert f"epsilon at most 8 at delta {delta:g} over all rounds. Not covered: " in card
+    assert f"by a budget of epsilon 8 at delta {delta:g} over all rounds. Not covered: " in card
     assert open_end in card
     assert (folder / "privacy.txt").read_text() == told(folder) + "\n"
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlora.adapter import PARTS
-from fedlora.files import locked
-from fedlora.flower.node import Node, ledger_folder
+from fedlora.files import locked, make_folder
+from fedlora.flower.node import WAIT, Node, ledger_folder
 from fedlora.flower.wire import Order
 from fedlora.privacy.example import planned_round, terms
 from fedlora.privacy.ledger import (
@@ -22,8 +22,6 @@ from fedlora.privacy.ledger import (
     open_ledger,
     read_ledger,
 )
-
-WAIT = 60.0  # seconds for another run on this node to set its budget aside
 
 
 def admit(node: Node, order: Order) -> tuple[str, str] | None:
@@ -37,10 +35,8 @@ def admit(node: Node, order: Order) -> tuple[str, str] | None:
     if (refused := refusal(node, order)) or "epsilon" not in node.limits:
         return refused
     config, limit = node.loaded.config, float(node.limits["epsilon"])
-    if config.privacy.unit != "example":
-        return "epsilon", f"the run protects no examples, epsilon is to stay within {limit:g} here"
     planned_round(config, node.examples)  # a run that cannot begin sets nothing aside
-    node.states.mkdir(parents=True, exist_ok=True)
+    make_folder(node.states)
     with locked(node.states, WAIT):
         if reason := _beyond_epsilon(node, order, limit):
             return "epsilon", reason
@@ -113,7 +109,7 @@ def _beyond_epsilon(node: Node, order: Order, limit: float) -> str:
     ]
     taken = sum(one.epsilon for one in others)
     deltas = privacy.delta + sum(one.delta for one in others)
-    most = float(node.limits.get("delta", 1 / node.examples))
+    most = float(node.limits.get("delta", 1 / node.all_rows))
     if taken + privacy.epsilon <= limit and deltas <= most:
         return ""
     return (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from fedlora.client import make_fit
 from fedlora.config import Config, make_config
 from fedlora.data import Data, read_silos, tokenised
 from fedlora.errors import PublicError
-from fedlora.files import write_bytes
+from fedlora.files import locked, make_folder, write_bytes, write_text
 from fedlora.flower.wire import Order, WireError, shapes_of, tensors_of
 from fedlora.model import Model, configured_model, read_adapter, save_adapter
 from fedlora.modes import merge_policy
@@ -43,6 +44,8 @@ CODE = "trust-remote-code"  # a limit of a node with data of its own, none unles
 KEYS = ("partition-id", "num-partitions", "state", CODE, *OWN, *LIMITS)
 CLIENTS = "clients"  # of a run directory: where nodes without a folder of their own keep states
 ADAPTERS = "adapters"  # in a client's folder: its own, where a part of it never leaves
+SECRET = "split"  # in a client's folder: what its held-out rows are drawn from
+WAIT = 60.0  # seconds for another run on this node to let its folder go
 STATES = "states"  # in a client's folder: what it keeps from round to round, by run
 KEPT = 3  # states of a run on a client's disk: after a damaged checkpoint two rounds are repeated
 RUNS = 8  # runs whose states stay on a client's disk, the last ones
@@ -79,25 +82,24 @@ class Node:
         """Training rows."""
         return len(self.loaded.data.rows[self.client])
 
+    @property
+    def all_rows(self) -> int:
+        """Rows, those that it holds out too: a number that no config changes."""
+        return self.examples + len(self.loaded.data.heldout[self.client])
+
 
 def load_node(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Node:
     """The node of a run, model and data loaded once per process; ValueError for a bad config."""
     if odd := sorted(set(node_config) - set(KEYS)):
         raise ValueError(f"node config {odd[0]!r} is not known; known are {', '.join(KEYS)}")
     run_text = json.dumps(dict(run_config), sort_keys=True)
-    missing = [key for key in ("name", "data", "state") if key not in node_config]
-    if "epsilon" in node_config and missing:
-        raise ValueError(
-            f"a limit on epsilon needs {missing[0]} in the node config as well: a server that "
-            "chooses it begins a new ledger when it likes"
-        )
     own = {key: str(node_config[key]) for key in OWN if key in node_config}
-    remote = own and make_config(run_config).model.trust_remote_code
-    if remote and not node_config.get(CODE):
-        raise PublicError(
-            "model.trust_remote_code runs code that comes with the model: not allowed here"
-        )
-    loaded = _load(run_text, json.dumps(own) if "data" in own else "")
+    asked = make_config(run_config)
+    _check_asked(asked, node_config)
+    secret = None
+    if asked.privacy.unit == "example" and {"name", "data"} <= set(own):
+        secret = own_secret(Path(str(node_config["state"]), own["name"]))
+    loaded = _load(run_text, json.dumps(own) if "data" in own else "", secret)
     names = loaded.config.flower.clients or sorted(loaded.data.rows)
     client = _client_name(names, node_config)
     if client not in loaded.data.rows:
@@ -106,13 +108,36 @@ def load_node(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> 
     start = cut_for(loaded.start, policy.receivers.get(client))
     folder = node_config.get("state") or run_folder(loaded.config) / CLIENTS
     limits = {key: node_config[key] for key in LIMITS if key in node_config}
-    private = loaded.config.privacy.unit == "example" and "data" in node_config
-    if private and "state" not in node_config:
+    return Node(client, loaded, start, limits, Path(str(folder)) / client)
+
+
+def _check_asked(config: Config, node_config: Mapping[str, Any]) -> None:
+    """Refuses a run that this node has no part in, before a row or a model is read.
+
+    What a run without privacy would hear first, how many rows are left, tells about the rows.
+    """
+    missing = [key for key in ("name", "data", "state") if key not in node_config]
+    if "epsilon" in node_config and missing:
+        raise ValueError(
+            f"a limit on epsilon needs {missing[0]} in the node config as well: a server that "
+            "chooses it begins a new ledger when it likes"
+        )
+    own = set(OWN) & set(node_config)
+    if own and config.model.trust_remote_code and not node_config.get(CODE):
+        raise PublicError(
+            "model.trust_remote_code runs code that comes with the model: not allowed here"
+        )
+    private = config.privacy.unit == "example"
+    if "epsilon" in node_config and not private:
+        raise PublicError(
+            "the run protects no examples, epsilon is to stay within "
+            f"{float(node_config['epsilon']):g} here"
+        )
+    if private and "data" in node_config and "state" not in node_config:
         raise ValueError(
             'a node with a privacy budget needs state="FOLDER" in its node config: its ledger must '
             "not lie where the server says"
         )
-    return Node(client, loaded, start, limits, Path(str(folder)) / client)
 
 
 def train(node: Node, order: Order, content: RecordDict) -> tuple[ClientResult, dict[str, Tensor]]:
@@ -133,6 +158,21 @@ def train(node: Node, order: Order, content: RecordDict) -> tuple[ClientResult, 
         keep_adapter(node, order.run, order.round, result.adapter)
     close_all(ledgers, order.round)
     return result, flatten(result.adapter, plan.shares)
+
+
+def own_secret(folder: Path) -> int:
+    """What a node under example-level privacy draws its held-out rows from, made once, its own.
+
+    Drawn from a seed and a share that a server chooses, the number of rows that are left would
+    tell whether a row is there.
+    """
+    path = folder / SECRET
+    if not path.is_file():
+        make_folder(folder)
+        with locked(folder, WAIT):
+            if not path.is_file():
+                write_text(path, f"{secrets.randbits(128):x}\n")
+    return int(path.read_text(encoding="utf-8"), 16)
 
 
 def ledger_folder(states: Path, run: str) -> Path:
@@ -222,7 +262,7 @@ def load_shared(config: Config, labels: list[str]) -> tuple[Model, Adapter, str]
 
 
 @lru_cache(maxsize=8)
-def _load(run_text: str, own_text: str) -> Loaded:
+def _load(run_text: str, own_text: str, secret: int | None = None) -> Loaded:
     config = make_config(json.loads(run_text))
     if own_text:
         own = json.loads(own_text)
@@ -231,10 +271,12 @@ def _load(run_text: str, own_text: str) -> Loaded:
         config = replace(config, data=_own_data(config.data, own))
     elif config.flower.clients:
         raise ValueError("this node has no data: its node config must have name and data")
+    if secret is not None:  # a refusal would tell which labels its rows have
+        config = replace(config, partition=replace(config.partition, single_class="allow"))
     silos = read_silos(config)
     config = replace(config, data=replace(config.data, labels=silos.labels))
     model, start, base = load_shared(config, silos.labels)
-    tokens = tokenised(config, silos, model.tokenizer)
+    tokens = tokenised(config, silos, model.tokenizer, secret)
     check_loaded(config, model, None if own_text else tokens)
     if own_text:
         tokens = replace(tokens, own_evaluation=True)  # its evaluation file is the node's own, too

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.errors import PublicError
-from fedlora.files import locked, sync_folder, write_text
+from fedlora.files import locked, make_folder, sync_folder, write_text
 from fedlora.privacy.accounting import Accountant, Mechanism, epsilon
 
 LEDGERS, SUFFIX = "ledgers", ".ledger"  # where a run has them, and what they end in
@@ -127,9 +127,7 @@ def open_ledger(path: Path, terms: Terms) -> Ledger:
 @contextmanager
 def _held(path: Path) -> Iterator[None]:
     """The ledger's folder, there to stay, for this process alone."""
-    if not path.parent.is_dir():
-        path.parent.mkdir(parents=True)
-        sync_folder(path.parent.parent)
+    make_folder(path.parent)
     with locked(path.parent):
         yield
 
@@ -201,15 +199,20 @@ def heads(folder: Path) -> dict[str, str]:
 def check_heads(folder: Path, known: Mapping[str, str]) -> None:
     """ValueError unless every ledger that was there is there and goes on from where it was.
 
-    Those that were there are the `known`, and whatever has a head in the folder.
+    Those that were there are the `known`, and whatever has a head in the folder; a ledger without
+    a head is one that a crash left with its first line, or was cut.
     """
-    noted = {path.stem for path in folder.glob(f"*{HEAD}")}
-    for owner in sorted(noted | set(known)):
+    there = {path.stem for ending in (HEAD, SUFFIX) for path in folder.glob(f"*{ending}")}
+    for owner in sorted(there | set(known)):
         path = ledger_path(folder, owner)
         if not path.is_file():
             raise _lines_missing(path)
+        if owner not in known and not is_opened(path) and not _noted_head(path):
+            continue
         hashes = read_ledger(path).hashes
         if owner in known and known[owner] not in hashes:
+            raise _lines_missing(path)
+        if len(hashes) > 1 and not _noted_head(path):
             raise _lines_missing(path)
 
 

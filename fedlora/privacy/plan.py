@@ -23,7 +23,7 @@ from fedlora.privacy.ledger import ledger_path
 from fedlora.rounds import Merge
 from fedlora.rules import get_rule
 from fedlora.server import ServerState, aggregate, plan_round, sample_clients
-from fedlora.settings import round_size, shares_metrics
+from fedlora.settings import PrivacySettings, round_size, shares_metrics
 
 SERVER = "server"  # whose ledger it is, in client-level privacy
 NEEDED = {  # what client-level privacy needs, for the reason that stands behind it
@@ -74,7 +74,13 @@ def check(config: Config) -> None:
 
 
 def _check_example(config: Config) -> None:
-    privacy = config.privacy
+    privacy, plain = config.privacy, PrivacySettings()
+    for key in ("design", "quantile"):
+        if getattr(privacy, key) != getattr(plain, key):
+            raise ValueError(
+                f"privacy.{key} is for privacy.unit = 'client', this run has unit = 'example', "
+                "where it would do nothing: leave it out"
+            )
     if config.client.ranks:
         raise ValueError(
             "privacy.unit = 'example' does not go with client.ranks: noise would train the pairs "

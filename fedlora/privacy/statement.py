@@ -76,6 +76,7 @@ OPEN = {
         "clients from the server: it sees every update as it is",
         "what the server keeps of single clients, without noise (metrics.jsonl, summary.json: who "
         "answered, rows, scores on held-out rows): the adapter's README.md has none of it",
+        "the set of labels, where the config did not list them: the head and the card tell it",
         SETTINGS,
         "timing, sizes and who took part",
     ],
@@ -150,7 +151,7 @@ def _ledgers(run: Run, unit: str) -> list[Ledger]:
     folder = run.path / LEDGERS
     check_heads(folder, {})
     ledgers = [read_ledger(file) for file in sorted(folder.glob(f"*{SUFFIX}"))]
-    trained = any(line["round"] > 0 for line in run.rounds)
+    trained = {line["round"] for line in run.rounds if line["round"] > 0}
     told = _told_epsilons(run) if unit == "example" else {}
     owners = set(told) if unit == "example" else {"server"} if trained else set()
     for owner in sorted(owners - {ledger.path.stem for ledger in ledgers}):
@@ -161,6 +162,12 @@ def _ledgers(run: Run, unit: str) -> list[Ledger]:
         )
     for ledger in ledgers:
         owner = ledger.path.stem
+        made = {intent.round for intent in ledger.intents}
+        if unit == "client" and (free := sorted(trained - made)):
+            raise ValueError(
+                f"round {free[0]} was merged and its noise is not in {ledger.path}: an older one "
+                "took its place; restore the last one, without it no epsilon is told"
+            )
         if told.get(owner, 0.0) > ledger.spent * (1 + ROUNDING):
             raise ValueError(
                 f"client {owner} reported epsilon {_rounded_up(told[owner])}, its ledger "
@@ -188,19 +195,16 @@ def write_statement(folder: Path) -> None:
 
 
 def card_section(config: Config) -> str:
-    """What an adapter's card says of its privacy; empty where there is none.
-
-    Epsilon is the budget, which no ledger goes beyond.
-    """
+    """What an adapter's card says of its privacy: the budget; empty where there is none."""
     privacy = config.privacy
     if privacy.unit == "none":
         return ""
     whose = "each training row of a client" if privacy.unit == "example" else "each client"
     open_ends = [*OPEN[privacy.unit], *([SHARED] if _shares(config) else [])]
     return (
-        f"\n## Privacy\n\nProtected: {whose}, epsilon at most {privacy.epsilon:g} at delta "
-        f"{privacy.delta:g} over all rounds. Not covered: {'; '.join(open_ends)}. The whole "
-        f"statement is in the run directory's `{STATEMENT}`.\n"
+        f"\n## Privacy\n\nProtected: {whose}, by a budget of epsilon {privacy.epsilon:g} at delta "
+        f"{privacy.delta:g} over all rounds. Not covered: {'; '.join(open_ends)}. What was spent, "
+        f"and the whole statement, is in the run directory's `{STATEMENT}`.\n"
     )
 
 
@@ -234,24 +238,36 @@ def _reported(run: Run, privacy: Mapping[str, Any]) -> list[str]:
     """
     if read_engine(run.path) != FLOWER:
         return ["Epsilon: nothing was spent yet"]
-    most = (
-        f"at most {privacy['epsilon']:g} at delta {privacy['delta']:g}, the budget that no node's "
-        "ledger goes beyond"
-    )
+    budget, delta = privacy["epsilon"], privacy["delta"]
+    most = f"at most {budget:g} at delta {delta:g}, the budget that no node's ledger goes beyond"
     told = _told_series(run)
     if not told:
         return [f"Epsilon: {most}; no client has reported one, rounds may have been charged"]
     lines = []
-    for client, series in told.items():
-        fell = any(after < before for before, after in pairwise(series))
-        warned = "; it has reported more before: its ledger was lost on the way" if fell else ""
-        lines.append(f"  {client}: epsilon {_rounded_up(max(series))}, as it says{warned}")
-    least = _rounded_up(max(max(series) for series in told.values()))
+    spent, lost = {client: _spent(series) for client, series in told.items()}, []
+    for client, ledgers in spent.items():
+        line = f"  {client}: epsilon {_rounded_up(sum(ledgers))}, as it says"
+        if len(ledgers) > 1:
+            lost.append(client)
+            line += (
+                f"; its reports fell: its ledger was lost and its budget begun anew, so that "
+                f"{len(ledgers)} of them add up, with delta {len(ledgers) * delta:g}"
+            )
+        lines.append(line)
+    if lost:
+        most = f"no bound is known, since {', '.join(lost)} lost ledgers"
+    least = _rounded_up(max(sum(ledgers) for ledgers in spent.values()))
     last = (
-        f"Epsilon: {most}; at least {least} of it is spent (the largest of what clients reported; "
-        "the ledgers are on the clients, with the rounds whose replies were lost)"
+        f"Epsilon: {most}; at least {least} is spent (the largest of what clients reported; the "
+        "ledgers are on the clients, with the rounds whose replies were lost)"
     )
     return [*lines, last]
+
+
+def _spent(series: Sequence[float]) -> list[float]:
+    """What each ledger of a client came to: one that is charged on reports more every round."""
+    ends = [before for before, after in pairwise(series) if 0 < before >= after]
+    return [*ends, series[-1]]
 
 
 def _told_epsilons(run: Run) -> dict[str, float]:
