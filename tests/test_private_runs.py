@@ -778,15 +778,17 @@ def test_a_ledger_that_is_gone_is_no_budget_that_is_free_again(place: Place) -> 
             admit(after, order(after, "two/0"))
 
 
-def probed(place: Place, rows: list[tuple[str, str]], **settings: Any) -> Any:
+def probed(
+    place: Place, rows: list[tuple[str, str]], own: dict[str, Any] | None = None, **settings: Any
+) -> Any:
     """What a server hears of a node with these rows and a limit on epsilon, before any round."""
     wanted = {**PRIVATE, "data__labels": ["neg", "pos"], "flower__clients": ["north"], **settings}
     flat = place.config("run", **wanted).flat()
-    own = {
+    limits = {
         "name": "north", "data": str(write_csv(place.folder / "own.csv", rows)), "epsilon": 8.0,
         "state": str(place.folder / "states"), "text": "text", "label": "label",
     }  # fmt: skip
-    return load_node(flat, own)
+    return load_node(flat, limits | (own or {}))
 
 
 def test_the_number_of_rows_left_tells_no_server_whether_a_row_is_there(place: Place) -> None:
@@ -823,6 +825,14 @@ def test_a_tokenizer_of_the_servers_choice_tells_not_whether_a_text_is_there(pla
     ready = probed(place, [*toy_rows(40), ("the film", "pos")], model__name=str(odd))
     assert ready.all_rows == 41
     assert ready.loaded.data.train.lengths.min() == 1
+
+
+def test_how_a_file_is_quoted_is_said_by_its_node_alone(place: Place) -> None:
+    """Read without quotes a row with a comma would fail, and tell that it is there."""
+    rows = [*toy_rows(40), ("good, and warm", "pos")]
+    assert probed(place, rows, data__quoting="none").all_rows == 41
+    with pytest.raises(ValueError, match=r"own\.csv, line 42"):
+        probed(place, rows, {"quoting": "none"})
 
 
 def test_a_single_class_is_no_reason_to_refuse(place: Place) -> None:

@@ -39,7 +39,15 @@ from fedlora.settings import DataSettings
 LIMITS = (
     "max-rounds", "min-examples", "rules", "shares", "base", "epsilon", "delta", "share-metrics",
 )  # fmt: skip
-OWN = ("name", "data", "evaluate", "text", "pair", "label")  # of a node with a file of its own
+OWN = (
+    "name",
+    "data",
+    "evaluate",
+    "text",
+    "pair",
+    "label",
+    "quoting",
+)  # of a node with a file of its own
 CODE = "trust-remote-code"  # a limit of a node with data of its own, none unless it says so
 KEYS = ("partition-id", "num-partitions", "state", CODE, *OWN, *LIMITS)
 CLIENTS = "clients"  # of a run directory: where nodes without a folder of their own keep states
@@ -284,14 +292,17 @@ def _load(run_text: str, own_text: str, secret: int | None = None) -> Loaded:
 
 
 def _own_data(settings: DataSettings, own: Mapping[str, str]) -> DataSettings:
-    """The run's settings with the node's own files, and its own columns where it names any."""
+    """The run's settings with the node's own files, and its own columns where it names any.
+
+    How they are quoted the run does not say: a file that is read wrongly fails by its rows.
+    """
     files, label = {own["name"]: own["data"]}, own.get("label", settings.label)
     text, pair = settings.text, settings.pair
     if "text" in own or "pair" in own:
         text, pair = own.get("text", ""), own.get("pair", "")
     return replace(
         settings, train="", clients=files, evaluate=own.get("evaluate", ""),
-        text=text, pair=pair, label=label,
+        text=text, pair=pair, label=label, quoting=own.get("quoting", DataSettings().quoting),
     )  # fmt: skip
 
 
