@@ -39,15 +39,9 @@ from fedlora.settings import DataSettings
 LIMITS = (
     "max-rounds", "min-examples", "rules", "shares", "base", "epsilon", "delta", "share-metrics",
 )  # fmt: skip
-OWN = (
-    "name",
-    "data",
-    "evaluate",
-    "text",
-    "pair",
-    "label",
-    "quoting",
-)  # of a node with a file of its own
+OWN = (  # of a node with a file of its own
+    "name", "data", "evaluate", "text", "pair", "label", "quoting",
+)  # fmt: skip
 CODE = "trust-remote-code"  # a limit of a node with data of its own, none unless it says so
 KEYS = ("partition-id", "num-partitions", "state", CODE, *OWN, *LIMITS)
 CLIENTS = "clients"  # of a run directory: where nodes without a folder of their own keep states

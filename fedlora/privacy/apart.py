@@ -45,6 +45,8 @@ def check_rows_apart(model: Model, max_length: int) -> None:
     longest = min(max_length, longest_input(model))
     try:
         moved = rows_move(model, made_up(model.tokenizer, longest))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise ValueError(
             f"model.name = {model.settings.name!r} ({kind}) fails on made-up rows, some of which "
