@@ -1,6 +1,6 @@
 """Deliberate bugs, each put alone into a copy of the library: the tests must catch every one.
 
-    python tests/mutants.py [--list] [--only NAME]
+    python tests/mutants.py [--list] [--only NAME] [-k EXPRESSION]
 
 Most are shipped bugs of public federated-LoRA codes. To add one, add an entry to MUTANTS. Tests
 that fail without any mutant are named and left out, so that they cannot pass for a catch.
@@ -164,6 +164,7 @@ def main() -> int:
     """Prints one line per mutant; 1 if one survived, was not found or broke the import."""
     parser = argparse.ArgumentParser(description="Deliberate bugs that the tests must catch.")
     parser.add_argument("--only", metavar="NAME", action="append", help="one mutant; repeatable")
+    parser.add_argument("-k", metavar="EXPR", default="", help="with the tests that match alone")
     parser.add_argument("--list", action="store_true", help="name them and end")
     arguments = parser.parse_args()
     wanted = arguments.only or [mutant.name for mutant in MUTANTS]
@@ -175,20 +176,20 @@ def main() -> int:
             print(f"{mutant.name:26} {mutant.file:18} {mutant.why}")
         return 0
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        return hunt(chosen, Path(folder))
+        return hunt(chosen, Path(folder), [f"-k={arguments.k}"] if arguments.k else [])
 
 
-def hunt(chosen: list[Mutant], folder: Path) -> int:
+def hunt(chosen: list[Mutant], folder: Path, options: list[str]) -> int:
     """Runs the chosen mutants one after another in a copy of the library."""
     for part in ("fedlora", "tests"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     check_import(folder)
     files = sorted({name for mutant in chosen for name in mutant.tests})
-    failing = failures(pytest(folder, files))
+    failing = failures(pytest(folder, files, *options))
     for test in failing:
         print(f"fails without a mutant, left out: {test}")
-    skip = [f"--deselect={test}" for test in failing]
+    skip = [*options, *(f"--deselect={test}" for test in failing)]
     bad = 0
     for mutant in chosen:
         began = perf_counter()
