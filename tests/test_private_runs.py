@@ -921,6 +921,10 @@ def test_a_node_with_its_own_rows_sends_no_scores_on_them(place: Place) -> None:
         assert found["heldout"] is None
         assert found["train_loss"] is None
         assert 7.9 < found["epsilon"] <= 8
+    assert "the ledgers are on the clients" in told(folder)
+    (folder / "summary.json").unlink()
+    with pytest.raises(ValueError, match=r"begun on Flower.*the same `flwr run` goes on"):
+        find(folder)
 
 
 # ---------------------------------------------------------------- the statement
