@@ -219,6 +219,29 @@ def test_seeds_that_only_one_method_has_are_not_compared(tmp_path):
     assert (one.paired.n, one.paired.difference.mean) == (1, pytest.approx(0.01))
 
 
+def test_a_method_that_is_in_other_cases_alone_is_not_missing(tmp_path):
+    folder = make_sweep(
+        tmp_path / "s", METHODS, lambda *_: rising(0.8), cases=("balanced", "imbalanced")
+    )
+    plan = json.loads((folder / "sweep.json").read_text())
+    plan["runs"] = [
+        one for one in plan["runs"] if (one["method"], one["case"]) != ("fedavg", "imbalanced")
+    ]
+    (folder / "sweep.json").write_text(json.dumps(plan))
+    text = Read(folder).text
+    assert "Not complete" not in text
+    assert "fedavg, imbalanced" not in text
+
+
+def test_who_is_soonest_is_said_where_somebody_is_later(tmp_path):
+    def finals(method, case, seed):
+        return rising(0.6 if later and method == "fedavg" else 0.8)
+
+    for later in (False, True):
+        folder = make_sweep(tmp_path / f"{later}", METHODS, finals)
+        assert ("Soonest at" in Read(folder).text) is later
+
+
 def test_the_baseline_can_be_chosen_and_fedavg_or_the_first_is_the_default(known, tmp_path):
     assert "Differences to fedavg" in Read(known).text
     page = Read(known, baseline="fra")

@@ -51,15 +51,16 @@ def case_summary(case: Case, baseline: str, share: float) -> str:
 
 
 def gaps(cases: Sequence[Case]) -> list[str]:
-    """What is planned and not there, case by case; empty where nothing is missing."""
+    """What is planned and not there, case by case; empty where nothing is missing.
+
+    A method may be in other cases alone.
+    """
     lines = []
     for case in cases:
         for arm in case.arms:
             where = f"{arm.method}, {case.name}" if case.name else arm.method
             if not arm.planned and arm.tried:
                 lines.append(f"{where}: only tuning runs are there, none that counts is planned.")
-            elif not arm.planned:
-                lines.append(f"{where}: no run is planned.")
             elif arm.missing:
                 lost = ", ".join(str(seed) for seed in arm.missing)
                 there = f"{len(arm.runs)} of {len(arm.planned)} runs are there"
@@ -141,7 +142,7 @@ def _baseline_leads(baseline: str, versus: Sequence[Versus]) -> str:
 
 
 def _soonest(case: Case, rivals: Sequence[Arm], share: float) -> str:
-    """Which methods reached the target first, by the median over seeds."""
+    """Which methods reached the target first, by the median over seeds; nothing where all did."""
     target = target_of(case, share)
     found = {arm.method: speed(arm, target).rounds for arm in rivals}
     known = {method: rounds for method, rounds in found.items() if not math.isnan(rounds)}
@@ -150,6 +151,8 @@ def _soonest(case: Case, rivals: Sequence[Arm], share: float) -> str:
         return ""
     if math.isinf(first):
         return f"No method reached {target:.1%} in half of its seeds."
+    if len(known) > 1 and set(known.values()) == {first}:
+        return ""
     names = "; ".join(method for method, rounds in known.items() if rounds == first)
     return f"Soonest at {target:.1%} accuracy: {names}, in round {first:.3g} (median)."
 
