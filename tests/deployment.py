@@ -83,14 +83,14 @@ class Deployment:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def here(self, text: str) -> str:
-        """A step with this machine's addresses and paths."""
+        """A step with this machine's addresses and paths; a port is no part of a run's id."""
         for old, new in {
             "orchestrator.example.org:9443": f"localhost:{self.proxy}",
             "9443": str(self.proxy), "9091": str(self.link),
             "/etc/federation": str(self.home), "/srv/private": str(self.home),
             "/var/lib/fedlora": str(self.home / "state"), "/srv/federation": str(self.home),
         }.items():  # fmt: skip
-            text = text.replace(old, new)
+            text = re.sub(rf"(?<!\d){re.escape(old)}(?!\d)", new, text)
         return text
 
     def shell(self, command: str, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -16,6 +16,13 @@ pytestmark = MARKS
 Tiny = Callable[[str], Path]
 
 
+def test_a_run_of_any_number_is_asked_for(tmp_path: Path) -> None:
+    """Ports of the guide's commands are this machine's, also beside a run's id that holds one."""
+    here = Deployment(tmp_path).here("flwr list --run-id 719263190918726654 # 127.0.0.1:9091")
+    assert "--run-id 719263190918726654" in here
+    assert not here.endswith(":9091")
+
+
 def test_the_guide_works_as_written_and_gives_the_plain_loops_bytes(
     tiny: Tiny, deployment: Deployment
 ) -> None:
