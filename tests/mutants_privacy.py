@@ -251,7 +251,7 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      'if unit == "client" and (free := sorted(trained - made)):', "if free := set[int]():",
      "rounds that are not in the ledger are free", "private_runs"),
     ("cut-with-its-head", "privacy/ledger.py",
-     "if len(hashes) > 1 and not _noted_head(path):", "if False:",
+     "if len(hashes) > 1 and not noted:", "if False:",
      "a ledger that was cut passes once its head is gone", "private_runs"),
     ("splits-of-the-server", "flower/node.py",
      'secret = own_secret(Path(str(node_config["state"]), own["name"]))', "secret = None",

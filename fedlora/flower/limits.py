@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlora.adapter import PARTS
-from fedlora.files import locked, make_folder
+from fedlora.files import locked
 from fedlora.flower.node import WAIT, Node, ledger_folder
 from fedlora.flower.wire import Order
 from fedlora.privacy.example import planned_round, terms
@@ -36,7 +36,6 @@ def admit(node: Node, order: Order) -> tuple[str, str] | None:
         return refused
     config, limit = node.loaded.config, float(node.limits["epsilon"])
     planned_round(config, node.examples)  # a run that cannot begin sets nothing aside
-    make_folder(node.states)
     with locked(node.states, WAIT):
         if reason := _beyond_epsilon(node, order, limit):
             return "epsilon", reason
