@@ -134,15 +134,10 @@ def _held(path: Path) -> Iterator[None]:
 
 def _opened(path: Path, terms: Terms) -> Ledger:
     """As `open_ledger`, under the lock."""
-    noted = _noted_head(path)
-    if not is_opened(path):
-        if noted:
-            raise _lines_missing(path)
+    ledger = _whole(path)
+    if ledger is None:
         return _append(Ledger(path, terms), {"kind": OPENED, **asdict(terms)})
-    ledger = read_ledger(path)
-    if not noted and len(ledger.hashes) > 1:  # a crash leaves the first line alone at most
-        raise _lines_missing(path)
-    if not noted:
+    if not _noted_head(path):
         write_text(path.with_suffix(HEAD), ledger.head)
     for name, value in asdict(terms).items():
         before = getattr(ledger.terms, name)
@@ -199,22 +194,28 @@ def heads(folder: Path) -> dict[str, str]:
 def check_heads(folder: Path, known: Mapping[str, str]) -> None:
     """ValueError unless every ledger that was there is there and goes on from where it was.
 
-    Those that were there are the `known`, and whatever has a head in the folder; a ledger without
-    a head is one that a crash left with its first line, or was cut.
+    Those that were there are the `known`, and whatever has a head in the folder.
     """
     there = {path.stem for ending in (HEAD, SUFFIX) for path in folder.glob(f"*{ending}")}
     for owner in sorted(there | set(known)):
         path = ledger_path(folder, owner)
-        if not path.is_file():
+        ledger = _whole(path)
+        if owner in known and (ledger is None or known[owner] not in ledger.hashes):
             raise _lines_missing(path)
-        noted = _noted_head(path)
-        if not (owner in known or noted or is_opened(path)):
-            continue  # a crash before its first line
-        hashes = read_ledger(path).hashes
-        if owner in known and known[owner] not in hashes:
-            raise _lines_missing(path)
-        if len(hashes) > 1 and not noted:
-            raise _lines_missing(path)
+
+
+def _whole(path: Path) -> Ledger | None:
+    """The ledger in the file, as long as its head says; None where no line was ever written.
+
+    ValueError where lines are missing: without a head a crash leaves the first line alone at most.
+    """
+    noted = _noted_head(path)
+    ledger = read_ledger(path) if is_opened(path) else None
+    if noted and ledger is None:
+        raise _lines_missing(path)
+    if not noted and ledger is not None and len(ledger.hashes) > 1:
+        raise _lines_missing(path)
+    return ledger
 
 
 def _lines_missing(path: Path) -> ValueError:
