@@ -165,10 +165,9 @@ def load_tokenizer(settings: ModelSettings, source: str, embeddings: int) -> Any
         )
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError("there is no vocabulary beside the model")
-        if len(tokenizer) > embeddings:
-            raise ValueError(
-                f"the tokenizer knows {len(tokenizer)} tokens, the model only {embeddings}"
-            )
+        known = max(tokenizer.get_vocab().values()) + 1  # numbers may have gaps
+        if known > embeddings:
+            raise ValueError(f"the tokenizer knows {known} tokens, the model only {embeddings}")
     if settings.pad_token:
         if settings.pad_token not in tokenizer.get_vocab():
             raise ValueError(f"model.pad_token = {settings.pad_token!r} is not in the vocabulary")

@@ -235,17 +235,19 @@ def _evaluated(
         return Scored()  # not now, or nothing that may be scored
     rows = data.evaluation_rows if round == config.run.rounds else part
     scored = Scored()
+    # whether a run of a trusted server ends must not depend on one client's rows
+    private = config.privacy.unit == "client"
     for name, adapter in adapters.items():
         write_adapter(model, adapter)
         whole, again = evaluate_with_part(model, data.evaluation, rows, part, batch)
-        scored.shared[name] = whole
-        if len(part) < len(rows):
-            scored.subset[name] = again
+        if math.isfinite(whole.loss) or not (private and data.own_evaluation):
+            scored.shared[name] = whole
+            if len(part) < len(rows):
+                scored.subset[name] = again
         for client in data.heldout if name == GLOBAL else [name]:
             if data.heldout[client].size and shares_metrics(config.privacy):
                 own = evaluate(model, data.train, data.heldout[client], batch)
-                # whether a run of a trusted server ends must not depend on one client's rows
-                if math.isfinite(own.loss) or config.privacy.unit != "client":
+                if math.isfinite(own.loss) or not private:
                     scored.heldout[client] = own
     for scores in (*scored.shared.values(), *scored.heldout.values()):
         if not math.isfinite(scores.loss):

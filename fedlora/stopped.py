@@ -17,9 +17,12 @@ def stopped_line(folder: Path) -> str:
     """
     done, again = _rounds_done(folder), f"fedlora run --resume {shlex.quote(str(folder))}"
     stopped = f"{folder} stopped after round {done}"
-    if read_engine(folder) == FLOWER and read_config(folder).privacy.unit == "example":
+    config = read_config(folder)
+    private = config.privacy.unit == "example"
+    if read_engine(folder) == FLOWER and (private or config.flower.clients):
         return (
-            f"{stopped}: the same `flwr run` goes on with it, its nodes have the ledgers (after "
+            f"{stopped}: the same `flwr run` goes on with it, its nodes have the "
+            f"{'ledgers' if private else 'data'} (after "
             f"--engine flower: `fedlora flower init DIR {shlex.quote(str(folder / 'config.toml'))}`"
             ", then `flwr run DIR`)"
         )

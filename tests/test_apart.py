@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,19 @@ import pytest
 import torch
 import transformers
 from bench import Place
-from tiny import GOOD, KINDS, LABELS, NEEDED, NEUTRAL, SIZES, load_tiny, make_tokenizer, saved_base
+from tiny import (
+    BERT_TOKENS,
+    GOOD,
+    KINDS,
+    LABELS,
+    NEEDED,
+    NEUTRAL,
+    SIZES,
+    load_tiny,
+    make_tokenizer,
+    saved_base,
+)
+from tokenizers import Tokenizer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -208,6 +222,30 @@ def test_the_model_stays_as_it_was(tmp_path: Path, kind: str) -> None:
     after = model.network.state_dict()
     assert all(t.dtype == before[n].dtype and torch.equal(t, before[n]) for n, t in after.items())
     assert model.network.training
+
+
+def test_no_tokenizer_hides_that_padding_is_read(tmp_path: Path) -> None:
+    """One that makes a single token of whatever it is given; rows of ids are not its work."""
+    model = loaded(tmp_path, "fnet")
+    made = json.loads(model.tokenizer.backend_tokenizer.to_str())
+    made["normalizer"] = {"type": "Replace", "pattern": {"Regex": ".+"}, "content": "good"}
+    odd = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(made)), **BERT_TOKENS
+    )
+    assert {len(ids) for ids in odd(["the film", "good", "a very long film"])["input_ids"]} == {3}
+    with pytest.raises(ValueError, match="does not mask padding"):
+        check_rows_apart(replace(model, tokenizer=odd), LONGEST)
+
+
+def test_want_of_memory_is_not_blamed_on_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> float:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 B")
+
+    monkeypatch.setattr("fedlora.privacy.apart.rows_move", full)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        check_rows_apart(loaded(tmp_path, "bert"), LONGEST)
 
 
 def test_made_up_rows_are_short_and_as_long_as_they_can_be(tmp_path: Path) -> None:

@@ -136,6 +136,15 @@ def test_a_tokenizer_of_another_model_is_refused(tiny: Tiny, tmp_path: Path) -> 
     assert f"the model only {len(tokenizer) - 2}" in message
 
 
+def test_a_token_beyond_the_models_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    """As many tokens as the model has, their numbers with a gap: a text would fail in training."""
+    folder = copied(tiny("bert"), tmp_path / "bert")
+    made = json.loads((folder / "tokenizer.json").read_text())
+    made["model"]["vocab"]["warm"] = 99_999
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    assert "the tokenizer knows 100000 tokens, the model only" in refused(folder)
+
+
 # ---------------------------------------------------------------- files
 
 

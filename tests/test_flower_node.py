@@ -39,6 +39,7 @@ from fedlora.flower.wire import Order, order_content, packed
 from fedlora.model import configured_model
 from fedlora.rules import Plan
 from fedlora.runlog import read_id
+from fedlora.stopped import stopped_line
 
 pytest_plugins = ["tiny"]
 Tiny = Callable[[str], Path]
@@ -457,3 +458,15 @@ def test_a_nodes_own_columns_win_over_the_servers(place: Place) -> None:
     first = tokens.decode(data.inputs["input_ids"][0], skip_special_tokens=True)
     assert first == rows[0]["note"]
     assert data.labels.tolist() == [["neg", "pos"].index(row["class"]) for row in rows]
+
+
+def test_a_stopped_run_of_nodes_with_their_own_rows_says_how_it_goes_on(place: Place) -> None:
+    """In one process it cannot: `fedlora run --resume` has no rows."""
+    changes = {"flower__clients": ["north"], "data__train": "", "data__labels": ["neg", "pos"]}
+    flat = place.config("run", run__rounds=1, **changes).flat()
+    own = {"name": "north", "data": str(place.train), "state": str(place.folder / "own")}
+    folder = serve(LocalGrid(client, flat, [own]), flat)
+    (folder / "summary.json").unlink()
+    line = stopped_line(folder)
+    assert "the same `flwr run` goes on with it, its nodes have the data" in line
+    assert "--resume" not in line

@@ -260,6 +260,16 @@ def test_all_ledgers_of_a_folder_are_closed(tmp_path: Path) -> None:
     assert all(read_ledger(tmp_path / f"{n}.ledger").intents[0].closed for n in ("a", "b"))
 
 
+def test_a_ledger_that_a_crash_left_empty_is_none(tmp_path: Path) -> None:
+    """Killed between making the file and its first line: nothing was drawn, nothing to close."""
+    intend(tmp_path / "a.ledger", Terms("a", "example", 3.0, 1e-5), 1, [STEP])
+    (tmp_path / "b.ledger").write_bytes(b"")
+    (tmp_path / "c.ledger").write_bytes(b'{"kind": "opened", "owner"')
+    close_all(tmp_path, 1)
+    assert list(heads(tmp_path)) == ["a"]
+    check_heads(tmp_path, heads(tmp_path))
+
+
 CHARGING = """
 import sys
 from pathlib import Path

@@ -23,6 +23,7 @@ from fedlora.files import locked
 from fedlora.flower.app import client
 from fedlora.flower.limits import admit, refusal
 from fedlora.flower.node import SECRET, ledger_folder, load_node, own_secret
+from fedlora.flower.nodeconfig import own_settings
 from fedlora.flower.serving import serve
 from fedlora.flower.wire import Order
 from fedlora.privacy.accounting import Mechanism, noise_for
@@ -145,6 +146,7 @@ def limited(place: Place, settings: dict[str, Any], name: str = "run", **limits:
     flat = place.config(name, **{**PRIVATE, "data__labels": ["neg", "pos"], **settings}).flat()
     file = write_csv(place.folder / "own.csv", toy_rows(16))
     own = {"name": "1", "data": str(file), "state": str(place.folder / "states")}
+    own |= {"model": str(place.base), "labels": "neg, pos"}
     (place.folder / "states" / "1").mkdir(parents=True, exist_ok=True)
     (place.folder / "states" / "1" / SECRET).write_text("0")  # four rows are held out
     return load_node(flat, own | limits)
@@ -194,11 +196,11 @@ def test_a_ledger_that_is_gone_is_no_budget_that_is_free_again(place: Place) -> 
 def probed(
     place: Place, rows: list[tuple[str, str]], own: dict[str, Any] | None = None, **settings: Any
 ) -> Any:
-    """What a server hears of a node with these rows and a limit on epsilon, before any round."""
+    """What a server hears of a node with these rows, before any round."""
     wanted = {**PRIVATE, "data__labels": ["neg", "pos"], "flower__clients": ["north"], **settings}
     flat = place.config("run", **wanted).flat()
     limits = {
-        "name": "north", "data": str(write_csv(place.folder / "own.csv", rows)), "epsilon": 8.0,
+        "name": "north", "data": str(write_csv(place.folder / "own.csv", rows)),
         "state": str(place.folder / "states"), "text": "text", "label": "label",
     }  # fmt: skip
     return load_node(flat, limits | (own or {}))
@@ -238,6 +240,64 @@ def test_a_tokenizer_of_the_servers_choice_tells_not_whether_a_text_is_there(pla
     ready = probed(place, [*toy_rows(40), ("the film", "pos")], model__name=str(odd))
     assert ready.all_rows == 41
     assert ready.loaded.data.train.lengths.min() == 1
+
+
+def test_a_model_of_the_nodes_own_tells_no_server_whether_a_text_is_there(place: Place) -> None:
+    """A tokenizer of the server's fails at one text: whether the node does would tell, for free."""
+    shutil.copytree(place.base, odd := place.folder / "odd")
+    made = json.loads((odd / "tokenizer.json").read_text())
+    words = {word: at for word, at in made["model"]["vocab"].items() if word != "warm"}
+    made["model"] = {"type": "WordLevel", "vocab": words, "unk_token": "[NONE]"}
+    (odd / "tokenizer.json").write_text(json.dumps(made))
+    kept = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "pad_token": "[PAD]"}
+    (odd / "tokenizer_config.json").write_text(json.dumps(kept))
+    known = [row for row in toy_rows(40) if "warm" not in row[0]]
+    server = {"model__name": str(odd), "model__revision": "x"}
+    assert probed(place, known, run__seed=1, **server).all_rows == len(known)
+    asked = [*known, ("the film was warm", "pos")]
+    with pytest.raises(Exception, match="Missing"):
+        probed(place, asked, **server)
+    ready = probed(place, asked, {"model": str(place.base)}, **server)
+    assert ready.all_rows == len(asked)
+    assert ready.loaded.model.settings.name == str(place.base)
+
+
+@pytest.mark.parametrize(
+    ("own", "name", "revision"),
+    [
+        ("org/base", "org/base", ""),
+        ("org/base@0f3c", "org/base", "0f3c"),
+        ("{folder}", "{folder}", ""),
+    ],
+)
+def test_a_nodes_model_is_a_folder_or_a_hubs_at_a_revision(
+    place: Place, own: str, name: str, revision: str
+) -> None:
+    folder = place.folder / "at@home"
+    folder.mkdir()
+    asked = place.config("run", model__name="org/servers", model__revision="refs/pr/1")
+    said = {"name": "1", "data": "own.csv", "model": own.format(folder=folder)}
+    model = own_settings(asked, said).model
+    assert (model.name, model.revision) == (name.format(folder=folder), revision)
+    assert own_settings(asked, {"name": "1", "data": "own.csv"}).model == asked.model
+
+
+def test_labels_of_the_nodes_own_tell_no_server_whether_one_is_there(place: Place) -> None:
+    """Left out of `data.labels`, one that a single row has would end the start."""
+    (place.folder / "own.csv").unlink(missing_ok=True)
+    rows, labels = toy_rows(40), {"labels": "neg, pos, odd"}
+    with pytest.raises(PublicError, match="the run's labels are neg, pos, here neg, pos, odd"):
+        probed(place, rows, labels)
+    told = probed(place, [*rows, ("so warm", "odd")], labels, data__labels=["neg", "pos", "odd"])
+    assert told.all_rows == 41
+
+
+@pytest.mark.parametrize("switch", ["share-metrics", "trust-remote-code"])
+@pytest.mark.parametrize("said", ["false", "no", 0])
+def test_yes_or_no_is_said_as_such(place: Place, switch: str, said: Any) -> None:
+    """A word is true to Python, `"false"` as well."""
+    with pytest.raises(ValueError, match=rf"{switch} = {said!r} must be true or false"):
+        limited(place, {}, **{switch: said})
 
 
 def test_how_a_file_is_quoted_is_said_by_its_node_alone(place: Place) -> None:
@@ -296,10 +356,11 @@ def test_a_run_that_cannot_begin_sets_nothing_aside(place: Place) -> None:
     assert not list(place.folder.rglob("*.ledger"))
 
 
-@pytest.mark.parametrize("missing", ["name", "data", "state"])
+@pytest.mark.parametrize("missing", ["name", "data", "state", "model"])
 def test_a_limit_on_epsilon_needs_all_that_names_its_ledgers(place: Place, missing: str) -> None:
     """Clients x1, x2, ... of the server's config were each given all of epsilon."""
     own = {"name": "1", "data": str(place.train), "state": str(place.folder), "partition-id": 0}
+    own["model"] = str(place.base)
     del own[missing]
     with pytest.raises(ValueError, match=f"a limit on epsilon needs {missing} in the node config"):
         load_node(place.config("run", **PRIVATE).flat(), own | {"epsilon": 8})

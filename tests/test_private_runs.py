@@ -17,6 +17,7 @@ from private import (
     remove_ledger,
     resumed,
     started,
+    started_as,
     stopped_at,
     told,
 )
@@ -293,3 +294,9 @@ def test_single_clients_rows_end_no_run_of_a_trusted_server(
     assert summary(started(place, **TRUSTED))["rounds"] == 2
     with pytest.raises(ValueError, match="the loss of the merged adapter is nan"):
         execute(place.job("plain"))
+    monkeypatch.setattr("fedlora.recording.evaluate_with_part", lambda *_: (broken, broken))
+    own = started_as(place, "own", **TRUSTED, data__evaluate="")
+    assert summary(own)["rounds"] == 2
+    assert records(own)[-1]["global"] is None
+    with pytest.raises(ValueError, match="the loss of the merged adapter is nan"):
+        execute(place.job("public", **TRUSTED))

@@ -159,6 +159,20 @@ def test_the_adapters_card_and_the_run_directory_say_what_is_protected(
     assert (folder / "privacy.txt").read_text() == told(folder) + "\n"
 
 
+def test_the_card_of_a_dealt_run_says_that_its_clients_are_made(place: Place) -> None:
+    files = {"a": str(place.train), "b": str(write_csv(place.folder / "b.csv", toy_rows(20)))}
+    own = {"data__train": "", "data__clients": files, "data__labels": list(LABELS)}
+    assert "simulated split" in card_of(started_as(place, "dealt", **PRIVATE))
+    assert "simulated split" not in card_of(started_as(place, "files", **PRIVATE, **own))
+
+
+def test_a_ledger_that_a_crash_left_empty_hides_no_other(place: Place) -> None:
+    folder = started(place, **PRIVATE)
+    before = told(folder)
+    (folder / LEDGERS / "late.ledger").write_bytes(b"")
+    assert told(folder) == before
+
+
 def test_the_card_of_a_run_without_privacy_claims_none(place: Place) -> None:
     folder = started(place)
     assert "rivacy" not in (folder / "adapter" / "README.md").read_text()

@@ -1,6 +1,7 @@
 """A client's half across machines: its own data and limits, its own disk, one round at a time.
 
-What the server may ask for is bounded by the node's own config; the node looks before it trains.
+What the server may ask for is bounded by the node's own config (nodeconfig.py, limits.py); the node
+looks before it trains.
 """
 
 from __future__ import annotations
@@ -26,24 +27,22 @@ from fedlora.checks import check_loaded
 from fedlora.client import make_fit
 from fedlora.config import Config, make_config
 from fedlora.data import Data, read_silos, tokenised
-from fedlora.errors import PublicError
 from fedlora.files import locked, make_folder, write_bytes, write_text
+from fedlora.flower.nodeconfig import (
+    LIMITS,
+    OWN,
+    check_asked,
+    check_keys,
+    client_name,
+    own_settings,
+)
 from fedlora.flower.wire import Order, WireError, shapes_of, tensors_of
 from fedlora.model import Model, configured_model, read_adapter, save_adapter
 from fedlora.modes import merge_policy
 from fedlora.policy import cut_for
 from fedlora.privacy.ledger import LEDGERS, close_all
 from fedlora.runlog import run_folder
-from fedlora.settings import DataSettings
 
-LIMITS = (
-    "max-rounds", "min-examples", "rules", "shares", "base", "epsilon", "delta", "share-metrics",
-)  # fmt: skip
-OWN = (  # of a node with a file of its own
-    "name", "data", "evaluate", "text", "pair", "label", "quoting",
-)  # fmt: skip
-CODE = "trust-remote-code"  # a limit of a node with data of its own, none unless it says so
-KEYS = ("partition-id", "num-partitions", "state", CODE, *OWN, *LIMITS)
 CLIENTS = "clients"  # of a run directory: where nodes without a folder of their own keep states
 ADAPTERS = "adapters"  # in a client's folder: its own, where a part of it never leaves
 SECRET = "split"  # in a client's folder: what its held-out rows are drawn from
@@ -92,18 +91,17 @@ class Node:
 
 def load_node(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Node:
     """The node of a run, model and data loaded once per process; ValueError for a bad config."""
-    if odd := sorted(set(node_config) - set(KEYS)):
-        raise ValueError(f"node config {odd[0]!r} is not known; known are {', '.join(KEYS)}")
+    check_keys(node_config)
     run_text = json.dumps(dict(run_config), sort_keys=True)
     own = {key: str(node_config[key]) for key in OWN if key in node_config}
     asked = make_config(run_config)
-    _check_asked(asked, node_config)
+    check_asked(asked, node_config)
     secret = None
     if asked.privacy.unit == "example" and {"name", "data"} <= set(own):
         secret = own_secret(Path(str(node_config["state"]), own["name"]))
     loaded = _load(run_text, json.dumps(own) if "data" in own else "", secret)
     names = loaded.config.flower.clients or sorted(loaded.data.rows)
-    client = _client_name(names, node_config)
+    client = client_name(names, node_config)
     if client not in loaded.data.rows:
         raise ValueError(f"there is no data of a client {client!r}: its node config names none")
     policy = merge_policy(loaded.config, names)
@@ -111,35 +109,6 @@ def load_node(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> 
     folder = node_config.get("state") or run_folder(loaded.config) / CLIENTS
     limits = {key: node_config[key] for key in LIMITS if key in node_config}
     return Node(client, loaded, start, limits, Path(str(folder)) / client)
-
-
-def _check_asked(config: Config, node_config: Mapping[str, Any]) -> None:
-    """Refuses a run that this node has no part in, before a row or a model is read.
-
-    What a run without privacy would hear first, how many rows are left, tells about the rows.
-    """
-    missing = [key for key in ("name", "data", "state") if key not in node_config]
-    if "epsilon" in node_config and missing:
-        raise ValueError(
-            f"a limit on epsilon needs {missing[0]} in the node config as well: a server that "
-            "chooses it begins a new ledger when it likes"
-        )
-    own = set(OWN) & set(node_config)
-    if own and config.model.trust_remote_code and not node_config.get(CODE):
-        raise PublicError(
-            "model.trust_remote_code runs code that comes with the model: not allowed here"
-        )
-    private = config.privacy.unit == "example"
-    if "epsilon" in node_config and not private:
-        raise PublicError(
-            "the run protects no examples, epsilon is to stay within "
-            f"{float(node_config['epsilon']):g} here"
-        )
-    if private and "data" in node_config and "state" not in node_config:
-        raise ValueError(
-            'a node with a privacy budget needs state="FOLDER" in its node config: its ledger must '
-            "not lie where the server says"
-        )
 
 
 def train(node: Node, order: Order, content: RecordDict) -> tuple[ClientResult, dict[str, Tensor]]:
@@ -267,10 +236,7 @@ def load_shared(config: Config, labels: list[str]) -> tuple[Model, Adapter, str]
 def _load(run_text: str, own_text: str, secret: int | None = None) -> Loaded:
     config = make_config(json.loads(run_text))
     if own_text:
-        own = json.loads(own_text)
-        if "name" not in own:
-            raise ValueError('a node with data of its own needs a name: name="NAME" data="FILE"')
-        config = replace(config, data=_own_data(config.data, own))
+        config = own_settings(config, json.loads(own_text))
     elif config.flower.clients:
         raise ValueError("this node has no data: its node config must have name and data")
     if secret is not None:  # a refusal would tell which labels its rows have
@@ -283,34 +249,6 @@ def _load(run_text: str, own_text: str, secret: int | None = None) -> Loaded:
     if own_text:
         tokens = replace(tokens, own_evaluation=True)  # its evaluation file is the node's own, too
     return Loaded(config, model, tokens, start, base)
-
-
-def _own_data(settings: DataSettings, own: Mapping[str, str]) -> DataSettings:
-    """The run's settings with the node's own files, and its own columns where it names any.
-
-    How they are quoted the run does not say: a file that is read wrongly fails by its rows.
-    """
-    files, label = {own["name"]: own["data"]}, own.get("label", settings.label)
-    text, pair = settings.text, settings.pair
-    if "text" in own or "pair" in own:
-        text, pair = own.get("text", ""), own.get("pair", "")
-    return replace(
-        settings, train="", clients=files, evaluate=own.get("evaluate", ""),
-        text=text, pair=pair, label=label, quoting=own.get("quoting", DataSettings().quoting),
-    )  # fmt: skip
-
-
-def _client_name(names: list[str], node_config: Mapping[str, Any]) -> str:
-    """The client's name: its own, or the one at its place in the partition."""
-    if "name" in node_config:
-        name = str(node_config["name"])
-        if name not in names:
-            raise PublicError(f"the run knows no client {name!r}; it has {', '.join(names)}")
-        return name
-    place = node_config.get("partition-id")
-    if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(names):
-        raise PublicError(f"node config needs a name, or a partition-id in 0..{len(names) - 1}")
-    return names[place]
 
 
 def _check_frozen(start: Adapter, tensors: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from fedlora.data import Examples, encode
+from fedlora.errors import is_memory
 from fedlora.model import Model, longest_input
 from fedlora.seeding import generator, numpy_generator
 from fedlora.tables import Table
@@ -45,9 +46,9 @@ def check_rows_apart(model: Model, max_length: int) -> None:
     longest = min(max_length, longest_input(model))
     try:
         moved = rows_move(model, made_up(model.tokenizer, longest))
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if is_memory(error):
+            raise
         raise ValueError(
             f"model.name = {model.settings.name!r} ({kind}) fails on made-up rows, some of which "
             f"hold special tokens ({error}): a client's row that does would show itself by the "
@@ -65,18 +66,25 @@ def check_rows_apart(model: Model, max_length: int) -> None:
 
 
 def made_up(tokenizer: Any, max_length: int) -> Examples:
-    """Rows of random words, some short and some cut at `max_length` tokens, the longest last; the
-    first ones hold each special token as text.
+    """Rows that hold each special token as text, then rows of random tokens, of a single one and
+    more, up to `max_length`.
+
+    The latter are no tokenizer's work: one that makes rows of like length of whatever it is given
+    would hide that padding is not masked.
     """
-    rng = numpy_generator(0, "made-up rows")
-    ids = rng.integers(len(tokenizer), size=64)
-    words = [tokenizer.decode([int(number)], skip_special_tokens=True).strip() for number in ids]
-    words = [word for word in words if word] or ["a"]
-    counts = sorted({1, 2, max(1, max_length // 4), max(1, max_length // 2), max_length})
-    texts = [f"{words[0]} {token} {words[0]}" for token in tokenizer.all_special_tokens]
-    texts += [" ".join(rng.choice(words, count)) for count in counts]
+    texts = [f"a {token} a" for token in tokenizer.all_special_tokens]
     table = Table("made-up rows", texts, None, ["" for _ in texts])
-    return encode(table, [0] * len(texts), tokenizer, max_length)
+    made = encode(table, [0] * len(texts), tokenizer, max_length, empty=True)
+    rng = numpy_generator(0, "made-up rows")
+    plain = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    counts = sorted({1, 2, max(1, max_length // 4), max(1, max_length // 2), max_length})
+    drawn = [rng.choice(plain, count).astype(np.int64) for count in counts]
+    inputs = {
+        name: [*rows, *(row if name == "input_ids" else np.zeros_like(row) for row in drawn)]
+        for name, rows in made.inputs.items()
+    }
+    lengths = np.concatenate([made.lengths, np.array(counts, dtype=np.int64)])
+    return Examples(inputs, np.zeros(len(lengths), dtype=np.int64), lengths, made.padding)
 
 
 def rows_move(model: Model, rows: Examples) -> float:

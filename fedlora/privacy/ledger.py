@@ -110,6 +110,11 @@ def ledger_path(folder: Path, owner: str) -> Path:
     return folder / f"{owner}{SUFFIX}"
 
 
+def opened_ledgers(folder: Path) -> list[Path]:
+    """The files of a folder's ledgers that have a line, in the order of their owners."""
+    return [path for path in sorted(folder.glob(f"*{SUFFIX}")) if is_opened(path)]
+
+
 def is_opened(path: Path) -> bool:
     """Whether a ledger has a whole line; one that a crash cut short has no intent behind it."""
     return path.exists() and b"\n" in path.read_bytes()
@@ -182,13 +187,13 @@ def close(path: Path, round: int) -> Ledger:
 
 def close_all(folder: Path, round: int) -> None:
     """Closes this round's intents in every ledger of a folder, if there are any."""
-    for path in sorted(folder.glob(f"*{SUFFIX}")):
+    for path in opened_ledgers(folder):
         close(path, round)
 
 
 def heads(folder: Path) -> dict[str, str]:
     """The hash of the last line of every ledger in a folder, by owner: for `check_heads`."""
-    return {path.stem: read_ledger(path).head for path in sorted(folder.glob(f"*{SUFFIX}"))}
+    return {path.stem: read_ledger(path).head for path in opened_ledgers(folder)}
 
 
 def check_heads(folder: Path, known: Mapping[str, str]) -> None:

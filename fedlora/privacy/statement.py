@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from fedlora.config import Config
 from fedlora.files import write_text
 from fedlora.privacy.ledger import (
     LEDGERS,
-    SUFFIX,
     Ledger,
     check_heads,
     ledger_path,
+    opened_ledgers,
     read_ledger,
 )
 from fedlora.rundir import Run, read_run
@@ -116,8 +117,6 @@ def statement(path: Path) -> list[str]:
             "its adapter tells about the data"
         )
     ledgers = _ledgers(run, unit)
-    shared = [SHARED] if unit == "example" and privacy["share_metrics"] else []
-    shared += [DEALT] if _is_dealt(run.config) else []
     mechanism = MECHANISMS[unit].format(clip=privacy["clip"], design=privacy["design"])
     lines = [
         f"Privacy of {run.name}",
@@ -130,7 +129,7 @@ def statement(path: Path) -> list[str]:
         *(_table(ledgers) if ledgers else _reported(run, privacy)),
         f"Covered: {COVERED[unit]}",
         "Not covered:",
-        *(f"  - {line}" for line in [*OPEN[unit], *shared, ARITHMETIC]),
+        *(f"  - {line}" for line in [*_not_covered(run.config), ARITHMETIC]),
     ]
     if unit == "client" and privacy["quantile"]:
         lines.append(
@@ -150,7 +149,7 @@ def _ledgers(run: Run, unit: str) -> list[Ledger]:
         return []
     folder = run.path / LEDGERS
     check_heads(folder, {})
-    ledgers = [read_ledger(file) for file in sorted(folder.glob(f"*{SUFFIX}"))]
+    ledgers = [read_ledger(file) for file in opened_ledgers(folder)]
     trained = {line["round"] for line in run.rounds if line["round"] > 0}
     told = _told_epsilons(run) if unit == "example" else {}
     owners = set(told) if unit == "example" else {"server"} if trained else set()
@@ -177,6 +176,16 @@ def _ledgers(run: Run, unit: str) -> list[Ledger]:
     return ledgers
 
 
+def _not_covered(config: Mapping[str, Any]) -> list[str]:
+    """What the privacy of a config leaves open, but for arithmetic."""
+    privacy, found = config["privacy"], list(OPEN[config["privacy"]["unit"]])
+    if privacy["unit"] == "example" and privacy["share_metrics"]:
+        found.append(SHARED)
+    if _is_dealt(config):
+        found.append(DEALT)
+    return found
+
+
 def _is_dealt(config: Mapping[str, Any]) -> bool:
     """Whether who has which row was drawn over all rows, as no real federation does."""
     tables = {table: config.get(table, {}) for table in ("data", "flower", "partition")}
@@ -200,16 +209,12 @@ def card_section(config: Config) -> str:
     if privacy.unit == "none":
         return ""
     whose = "each training row of a client" if privacy.unit == "example" else "each client"
-    open_ends = [*OPEN[privacy.unit], *([SHARED] if _shares(config) else [])]
+    left_open = "; ".join(_not_covered(asdict(config)))
     return (
         f"\n## Privacy\n\nProtected: {whose}, by a budget of epsilon {privacy.epsilon:g} at delta "
-        f"{privacy.delta:g} over all rounds. Not covered: {'; '.join(open_ends)}. What was spent, "
+        f"{privacy.delta:g} over all rounds. Not covered: {left_open}. What was spent, "
         f"and the whole statement, is in the run directory's `{STATEMENT}`.\n"
     )
-
-
-def _shares(config: Config) -> bool:
-    return config.privacy.unit == "example" and config.privacy.share_metrics
 
 
 def _table(ledgers: Sequence[Ledger]) -> list[str]:
