@@ -333,16 +333,20 @@ def test_many_clients_have_no_columns_and_one_client_no_table(tmp_path):
 
 
 EPSILONS = {"epsilon 1": 1.0, "epsilon 8": 8.0, "none": None}
+BY_EPSILON = {"epsilon 1": 0.6, "epsilon 8": 0.7, "none": 0.8}
 
 
-def private_sweep(folder):
+def private_sweep(folder, finals=BY_EPSILON, failing=()):
     """Two methods at two epsilons and none, each at its own rate, which is one rate without
-    privacy; a ledger for each private run.
+    privacy; a ledger for each private run. `failing` is a method, a case, and how it ends.
     """
-    finals = {"epsilon 1": 0.6, "epsilon 8": 0.7, "none": 0.8}
+
+    def curve(method, case, seed):
+        final = failing[-1] if (method, case) == failing[:2] else finals[case]
+        return rising(final + 0.01 * seed)
+
     made = make_sweep(
-        folder, {"fra": {}, "ffa": {"merge.rule": "ffa"}},
-        lambda method, case, seed: rising(finals[case] + 0.01 * seed), cases=tuple(EPSILONS),
+        folder, {"fra": {}, "ffa": {"merge.rule": "ffa"}}, curve, cases=tuple(EPSILONS),
         seeds=(0, 1),
     )  # fmt: skip
     plan = json.loads((made / "sweep.json").read_text())
@@ -379,6 +383,22 @@ def test_accuracy_is_shown_against_epsilon_with_the_noise_beside_it(tmp_path):
     ]  # fmt: skip
     ax = draw_sheet(picture).axes[0]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "8", "none"]
+
+
+def test_a_method_that_fails_does_not_press_the_others_together(tmp_path):
+    """Three epsilons with means near 70 %, and one of 20 %, which is written at the edge."""
+    pytest.importorskip("dp_accounting")
+    finals = {"epsilon 1": 0.70, "epsilon 8": 0.72, "none": 0.71}
+    made = private_sweep(tmp_path / "s", finals, failing=("ffa", "none", 0.2))
+    section = next(part for part in Read(made).report.sections if part.title == "Privacy")
+    (picture,) = [block for block in section.blocks if isinstance(block, Picture)]
+    figure = draw_sheet(picture)
+    ax, noise = figure.axes[:2]
+    low, high = ax.get_ylim()
+    assert 0.5 < low < 0.70
+    assert 0.72 < high < 0.9
+    assert [note.get_text() for note in ax.texts] == ["20.5%"]
+    assert ax.get_subplotspec().rowspan == noise.get_subplotspec().rowspan
 
 
 def test_without_epsilons_to_compare_there_is_no_privacy_section(known):

@@ -40,7 +40,9 @@ class Panel:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """Panels with one legend; `slug` names its files, sizes are inches of one panel."""
+    """Panels with one legend; `slug` names its files, sizes are inches of one panel, `columns` how
+    many stand beside each other at most.
+    """
 
     slug: str
     title: str
@@ -49,6 +51,7 @@ class Picture:
     legend: Sequence[tuple[str, Style]] = ()
     width: float = 4.2
     height: float = 3.0
+    columns: int = 3
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
+
+import numpy as np
 
 from fedlora.canvas import Axes
-from fedlora.privacy.ledger import LEDGERS, SUFFIX, read_ledger
+from fedlora.privacy.ledger import LEDGERS, opened_ledgers, read_ledger
 from fedlora.rundir import Run, number, plain
 from fedlora.sweep_report.cases import Arm, Case
 from fedlora.sweep_report.content import Panel, Picture, Section, Table, Words
@@ -19,6 +22,8 @@ from fedlora.sweep_report.tables import with_half
 NONE = math.inf  # the epsilon of a run without privacy
 EPSILON = ("privacy.unit", "privacy.epsilon")
 WIDTH = 0.5  # how far apart the methods of one epsilon stand, in steps of the axis
+FAR = 3.0  # interquartile ranges: a mean beyond them would press the others together ...
+FAR_AT_LEAST = 0.05  # ... if it is as far away as this
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +72,7 @@ def run_epsilon(run: Run) -> float:
 
 def run_noise(run: Run) -> float:
     """The largest noise multiplier in the run's ledgers; 0 where there are none."""
-    ledgers = [read_ledger(path) for path in sorted((run.path / LEDGERS).glob(f"*{SUFFIX}"))]
+    ledgers = [read_ledger(path) for path in opened_ledgers(run.path / LEDGERS)]
     drawn = [one.noise for ledger in ledgers for i in ledger.intents for one in i.mechanisms]
     return max(drawn, default=0.0)
 
@@ -103,27 +108,55 @@ def _picture(groups: Mapping[tuple[str, ...], Sequence[Level]]) -> Picture:
         "Left of each pair: final accuracy on the shared evaluation set, means over seeds with "
         "95 % intervals, methods side by side at each epsilon. Right: the noise multiplier "
         "(deviation over the clip, per step) that the budget takes, the largest of all clients and "
-        "runs."
+        f"runs. A mean over {FAR:g} interquartile ranges off the others' is written at the edge."
     )
     look = [(name, style | {"linestyle": ""}) for name, style in legend_of(arms)]
-    return Picture("privacy", "Accuracy against epsilon", caption, panels, look)
+    return Picture("privacy", "Accuracy against epsilon", caption, panels, look, columns=2)
 
 
 def _draw_accuracy(ax: Axes, levels: Sequence[Level]) -> None:
-    arms = _arms(levels)
+    arms, means = _arms(levels), [final(arm).mean for one in levels for arm in one.case.there]
+    means = [mean for mean in means if math.isfinite(mean)]
+    near, ends = near_by(means or [0.0]), list[float]()
     for index, arm in enumerate(arms):
         aside = (index - (len(arms) - 1) / 2) * WIDTH / max(len(arms), 1)
+        look = arm_style(arm) | {"linestyle": ""}
+        width = {"ecolor": arm_style(arm)["color"], "elinewidth": 1.4, "capsize": 2}
         for place, level in enumerate(levels):
             own = level.case.arm(arm.method)
-            if own is None:
+            if own is None or not math.isfinite((found := final(own)).mean):
                 continue
-            found = final(own)
+            if not near(found.mean):
+                _note_far(ax, place + aside, found.mean, found.mean > median(means), look["color"])
+                continue
             half = found.half if math.isfinite(found.half) else 0.0
-            look = arm_style(arm) | {"linestyle": ""}
-            width = {"ecolor": arm_style(arm)["color"], "elinewidth": 1.4, "capsize": 2}
+            ends += [found.mean - half, found.mean + half]
             ax.errorbar([place + aside], [found.mean], yerr=[half], **look, **width)
+    if ends:
+        room = 0.06 * (max(ends) - min(ends)) or 0.01
+        ax.set_ylim(min(ends) - room, max(ends) + room)
     _epsilon_axis(ax, levels)
     percent_axis(ax)
+
+
+def near_by(values: Sequence[float]) -> Callable[[float], bool]:
+    """Whether a value lies within `FAR` interquartile ranges of the middle half of `values`.
+
+    At least one of them has to be a number.
+    """
+    low, high = np.quantile(values, [0.25, 0.75])
+    reach = max(FAR * (high - low), FAR_AT_LEAST)
+    return lambda value: bool(low - reach <= value <= high + reach)
+
+
+def _note_far(ax: Axes, x: float, mean: float, above: bool, color: str) -> None:
+    """The mean in figures at the upper or lower edge, with an arrow out of the picture."""
+    edge, inside = (1.0, 0.9) if above else (0.0, 0.1)
+    ax.annotate(
+        f"{100 * mean:.1f}%", (x, edge), (x, inside), xycoords=ax.get_xaxis_transform(),
+        textcoords=ax.get_xaxis_transform(), arrowprops={"arrowstyle": "->", "color": color},
+        color=color, ha="center", va="center", fontsize=8,
+    )  # fmt: skip
 
 
 def _draw_noise(ax: Axes, levels: Sequence[Level]) -> None:

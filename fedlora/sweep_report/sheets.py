@@ -15,7 +15,6 @@ from typing import Any
 from fedlora.canvas import BLACK, GREY, LIGHT, Axes, Figure, Style, new_figure, short, tidy
 from fedlora.sweep_report.content import Panel, Picture
 
-COLUMNS = 3
 PAGE_COLOURS = {
     BLACK: "currentColor", "#000000": "currentColor", GREY: "var(--soft)", LIGHT: "var(--line)",
     "#ffffff": "var(--ground)",
@@ -27,7 +26,7 @@ ID = re.compile(r'(\bid="|url\(#|href="#)')
 
 def draw_sheet(picture: Picture) -> Figure:
     """All panels of a picture on one white sheet, its title on top, its legend below."""
-    columns = min(COLUMNS, len(picture.panels)) or 1
+    columns = min(picture.columns, len(picture.panels)) or 1
     rows = -(-len(picture.panels) // columns)
     entries = len(picture.legend)
     width = max(columns * picture.width, 6.0)
