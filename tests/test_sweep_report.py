@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -31,6 +32,7 @@ from fedlora.sweep_report.findings import (
     target_of,
 )
 from fedlora.sweep_report.markdown import plain_text
+from fedlora.sweep_report.page import html_page
 from fedlora.sweep_report.results import exactness_picture, tried_scores
 from fedlora.sweep_report.rounds import accuracy_picture
 from fedlora.sweep_report.sheets import draw_sheet
@@ -390,7 +392,8 @@ def test_a_method_that_fails_does_not_press_the_others_together(tmp_path):
     pytest.importorskip("dp_accounting")
     finals = {"epsilon 1": 0.70, "epsilon 8": 0.72, "none": 0.71}
     made = private_sweep(tmp_path / "s", finals, failing=("ffa", "none", 0.2))
-    section = next(part for part in Read(made).report.sections if part.title == "Privacy")
+    report = Read(made).report
+    section = next(part for part in report.sections if part.title == "Privacy")
     (picture,) = [block for block in section.blocks if isinstance(block, Picture)]
     figure = draw_sheet(picture)
     ax, noise = figure.axes[:2]
@@ -399,6 +402,9 @@ def test_a_method_that_fails_does_not_press_the_others_together(tmp_path):
     assert 0.72 < high < 0.9
     assert [note.get_text() for note in ax.texts] == ["20.5%"]
     assert ax.get_subplotspec().rowspan == noise.get_subplotspec().rowspan
+    page = html_page(replace(report, sections=[section]))
+    assert 'class="panels columns-2"' in page.partition('<figure id="privacy">')[2]
+    assert ".columns-2 {" in page
 
 
 def test_without_epsilons_to_compare_there_is_no_privacy_section(known):

@@ -112,7 +112,8 @@ def _figure(picture: Picture, command: str, head: str) -> str:
     listed = f'<ul class="legend">\n{legend}</ul>\n' if legend else ""
     return (
         f'<figure id="{escape(picture.slug)}">\n{head}{listed}'
-        f'<div class="panels">\n{panels}\n</div>\n<figcaption>{escape(picture.caption)} '
+        f'<div class="panels columns-{picture.columns}">\n{panels}\n</div>\n'
+        f"<figcaption>{escape(picture.caption)} "
         f"figures/{escape(picture.slug)}.svg and .png, drawn again by "
         f"<code>{escape(command)}</code>.</figcaption>\n</figure>"
     )
