@@ -33,7 +33,7 @@ def main() -> None:
     )
     parser.add_argument("--data", default="builtin:reviews", help="training file, or the built-in")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--pieces", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--pieces", type=int, nargs="+", default=[1, 8, 16, 32])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -51,13 +51,14 @@ def main() -> None:
     sizes |= {WHOLE: len(data.rows[name]), PLAIN: 0}
     spent: dict[str, list[float]] = {kind: [] for kind in sizes}
     with tempfile.TemporaryDirectory() as folder:
-        plain = client.make_fit(model, data, config)
-        noised = client.make_fit(model, data, make_config(shared | private), Path(folder))
+        noised, fits = make_config(shared | private), {PLAIN: client.make_fit(model, data, config)}
+        for kind, size in sizes.items():
+            if size:
+                client.PIECE = size
+                fits[kind] = client.make_fit(model, data, noised, Path(folder))
         for repeat in range(args.repeats):
-            for kind, size in sizes.items():
-                client.PIECE = size or client.PIECE
+            for kind, fit in fits.items():
                 began = time.process_time()
-                fit = noised if size else plain
                 fit(name, repeat + 1, Plan(ALL, ALL, ALL), start, ClientState())
                 spent[kind].append(time.process_time() - began)
     base = statistics.median(spent[PLAIN])

@@ -14,19 +14,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedlora.adapter import Adapter, ClientResult, ClientState, flatten, overlay
 from fedlora.config import Config
-from fedlora.data import Data
+from fedlora.data import Data, Examples
 from fedlora.errors import PublicError
 from fedlora.evaluate import Scores, autocast, evaluate
-from fedlora.model import Model, read_adapter, train_only, write_adapter
+from fedlora.model import Model, longest_input, read_adapter, train_only, write_adapter
 from fedlora.moments import moments, restore, transported
 from fedlora.partition import Rows
-from fedlora.privacy.apart import check_rows_apart
+from fedlora.privacy.apart import check_rows_apart, made_up
 from fedlora.privacy.example import Budgets, planned_round
 from fedlora.privacy.plan import hides_evaluation
 from fedlora.rules import Plan
@@ -35,17 +36,21 @@ from fedlora.settings import ClientSettings, shares_metrics, steps_per_round
 from fedlora.simulation import Fit
 
 POOL = 50  # batches that are sorted by length together
-PIECE = 16  # examples whose own gradients are held at a time
+PIECE = 16  # examples whose own gradients are taken in one pass
 
 
-def make_fit(model: Model, data: Data, config: Config, ledgers: Path | None = None) -> Fit:
+def make_fit(
+    model: Model, data: Data, config: Config, ledgers: Path | None = None, *, alone: bool = False
+) -> Fit:
     """The training of one client in one round, for `simulate` and for every other engine.
 
-    With `privacy.unit = "example"` it is private, and `ledgers` the folder of the clients' ledgers.
+    With `privacy.unit = "example"` it is private, and `ledgers` the folder of the clients' ledgers;
+    `alone` takes each row's gradient by itself, so that no weights whatever, made to that end, let
+    a row change what others add.
     Raises ValueError, naming the client, where the loss or the weights cease to be finite, or where
     its privacy budget is spent; before any training for a model that cannot be private.
     """
-    private = _private(model, config, ledgers)
+    private = _private(model, config, ledgers, alone)
 
     def fit(
         client: str, round: int, plan: Plan, adapter: Adapter, state: ClientState
@@ -139,6 +144,17 @@ def evaluation_rows(config: Config, data: Data, round: int) -> Rows | None:
 
 
 @dataclass(frozen=True, eq=False)
+class _Private:
+    """What a private fit has: budgets, how many rows' gradients it takes in one pass, and made-up
+    rows, one of them as long as can be, to try a step with that is not charged.
+    """
+
+    budgets: Budgets
+    piece: int
+    trial: Examples
+
+
+@dataclass(frozen=True, eq=False)
 class _Training:
     metrics: dict[str, float]
     optimiser: dict[str, Tensor]
@@ -152,7 +168,7 @@ def _train(
     round: int,
     plan: Plan,
     state: ClientState,
-    private: Budgets | None,
+    private: _Private | None,
 ) -> _Training:
     settings, rows = config.client, data.rows[client]
     parameters = train_only(model, plan.trains)
@@ -193,7 +209,7 @@ def _train(
     if losses and shares_metrics(config.privacy):
         metrics["train_loss"] = float(torch.stack(losses).double().mean())
     if private is not None:
-        metrics["epsilon"] = private.spent(client)
+        metrics["epsilon"] = private.budgets.spent(client)
     if settings.optimiser == "reset":
         return _Training(metrics, {})
     # a part that this round did not train keeps its moments for the round that does
@@ -208,7 +224,7 @@ def _gradients(
     client: str,
     round: int,
     parameters: Mapping[str, nn.Parameter],
-    private: Budgets | None,
+    private: _Private | None,
 ) -> Iterator[Callable[[], list[Tensor]]]:
     """What fills the gradients of one step and returns its mean loss; of no example, no loss.
 
@@ -221,7 +237,7 @@ def _gradients(
         stream = batches(rows, lengths, config.client.batch, seed, client, first)
 
         def plain() -> list[Tensor]:
-            loss = _losses(model, model.network, data, next(stream)).mean()
+            loss = _losses(model, model.network, data.train, next(stream)).mean()
             loss.backward()
             return [loss.detach()]
 
@@ -236,22 +252,25 @@ def _gradients(
         clip=config.privacy.clip, noise=mechanism.noise, expected=expected,
     ) as steps:  # fmt: skip
 
-        def backward(drawn: Rows) -> Tensor:
+        def backward(examples: Examples, drawn: Rows) -> Tensor:
             steps.begin(len(drawn))
-            losses = _losses(model, steps.module, data, drawn)
+            losses = _losses(model, steps.module, examples, drawn)
             losses.sum().backward()
             return losses.detach()
 
         def noised() -> list[Tensor]:
             drawn = poisson_batch(rows, mechanism.sampling)
             drawn = drawn[data.train.lengths[drawn].argsort(kind="stable")]
-            found = [backward(drawn[at : at + PIECE]) for at in range(0, len(drawn), PIECE)]
+            cuts = range(private.piece, len(drawn), private.piece)
+            found = [backward(data.train, part) for part in np.split(drawn, cuts) if part.size]
             steps.finish()
             return [torch.cat(found).mean()] if found else []
 
-        backward(rows[:2])
-        steps.rehearse()  # a layer that cannot be private ends the round before it is charged
-        private.charge(client, round, mechanism)
+        # a layer that cannot be private, or too little memory for a long row, ends the round
+        # before it is charged, whatever the client's rows are
+        backward(private.trial, np.array([0, len(private.trial) - 1]))
+        steps.rehearse()
+        private.budgets.charge(client, round, mechanism)
         yield noised
         steps.check()
 
@@ -266,21 +285,22 @@ def _training_seed(config: Config, client: str, round: int) -> int:
     return derive(config.run.seed, "client", client, round)
 
 
-def _losses(model: Model, network: nn.Module, data: Data, rows: Rows) -> Tensor:
+def _losses(model: Model, network: nn.Module, examples: Examples, rows: Rows) -> Tensor:
     """The loss of each of these examples, in nats."""
-    inputs, labels = data.train.batch(rows, model.device)
+    inputs, labels = examples.batch(rows, model.device)
     with autocast(model):
         logits = network(**inputs).logits
     return cross_entropy(logits.float(), labels, reduction="none")
 
 
-def _private(model: Model, config: Config, ledgers: Path | None) -> Budgets | None:
+def _private(model: Model, config: Config, ledgers: Path | None, alone: bool) -> _Private | None:
     if config.privacy.unit != "example":
         return None
     if ledgers is None:
         raise ValueError("example-level privacy needs a folder for the clients' ledgers")
     check_rows_apart(model, config.data.max_length)
-    return Budgets(config, ledgers)
+    trial = made_up(model.tokenizer, min(config.data.max_length, longest_input(model)))
+    return _Private(Budgets(config, ledgers), 1 if alone else PIECE, trial)
 
 
 def _pull(

@@ -48,15 +48,15 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In processes side by side each file is of one; those of slow tests alone, which start
-    processes of their own, come first and one after another.
+    """In processes side by side each file is of one; those with a deployment, which mostly wait
+    for its processes, come first and one after another.
     """
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
-    quick = {item.path for item in items if not item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path in quick)
+    deployed = {item.path for item in items if "deployment" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path not in deployed)
     for item in items:
-        name = item.path.stem if item.path in quick else "slow"
+        name = "deployments" if item.path in deployed else item.path.stem
         item.add_marker(pytest.mark.xdist_group(name))
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bench import Bench
+from bench import ALL, Bench
 from scipy import stats
 from tiny import toy_config
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedlora.adapter import PARTS, flatten
-from fedlora.model import read_adapter, train_only, write_adapter
+from fedlora.adapter import PARTS, ClientState, flatten
+from fedlora.client import make_fit
+from fedlora.model import longest_input, read_adapter, train_only, write_adapter
 from fedlora.privacy import dpsgd
 from fedlora.privacy.dpsgd import PrivateSteps, poisson_batch, private_steps
 from fedlora.privacy.ledger import ledger_path, read_ledger
@@ -316,6 +317,29 @@ def test_a_round_that_cannot_be_private_is_not_charged(
     with pytest.raises(ValueError, match="a layer"):
         private_bench(tiny, tmp_path).fit(ledgers=tmp_path / "l")
     assert not (tmp_path / "l").exists()
+
+
+@pytest.mark.parametrize(("alone", "most"), [(True, 1), (False, 12)])
+def test_rows_are_taken_alone_where_asked(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: bool, most: int
+) -> None:
+    """And what is tried before the round is charged is no client's row, as long as one can be."""
+    monkeypatch.setattr(dpsgd, "poisson_batch", lambda rows, rate: rows)
+    bench = private_bench(tiny, tmp_path, client__steps=1)
+    seen: list[tuple[int, ...]] = []
+    bench.model.network.register_forward_pre_hook(
+        lambda module, args, inputs: seen.append(tuple(inputs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    fit = make_fit(bench.model, bench.data, bench.config, tmp_path / "l", alone=alone)
+    seen.clear()
+    fit("0", 1, ALL, bench.start, ClientState())
+    trial, *taken = seen
+    longest = min(bench.config.data.max_length, longest_input(bench.model))
+    assert trial == (2, longest)
+    assert longest > max(width for _, width in taken)
+    assert max(rows for rows, _ in taken) == most
+    assert sum(rows for rows, _ in taken) == len(bench.data.rows["0"]) == 12
 
 
 def test_a_tensor_that_did_not_move_is_told(tiny: Tiny, tmp_path: Path) -> None:

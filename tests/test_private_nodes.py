@@ -15,17 +15,21 @@ from typing import Any
 import pytest
 from bench import Place, records
 from flower_grid import LocalGrid
+from flwr.app import RecordDict
 from private import PRIVATE, TRUSTED, told
 from tiny import toy_rows, write_csv
 
+from fedlora.adapter import flatten
+from fedlora.client import make_fit
 from fedlora.errors import PublicError
 from fedlora.files import locked
+from fedlora.flower import node
 from fedlora.flower.app import client
 from fedlora.flower.limits import admit, refusal
 from fedlora.flower.node import SECRET, ledger_folder, load_node, own_secret
-from fedlora.flower.nodeconfig import own_settings
+from fedlora.flower.nodeconfig import own_labels, own_settings
 from fedlora.flower.serving import serve
-from fedlora.flower.wire import Order
+from fedlora.flower.wire import Order, packed
 from fedlora.privacy.accounting import Mechanism, noise_for
 from fedlora.privacy.ledger import LEDGERS, Terms, intend, read_ledger
 from fedlora.resume import find
@@ -146,7 +150,7 @@ def limited(place: Place, settings: dict[str, Any], name: str = "run", **limits:
     flat = place.config(name, **{**PRIVATE, "data__labels": ["neg", "pos"], **settings}).flat()
     file = write_csv(place.folder / "own.csv", toy_rows(16))
     own = {"name": "1", "data": str(file), "state": str(place.folder / "states")}
-    own |= {"model": str(place.base), "labels": "neg, pos"}
+    own |= {"model": str(place.base), "labels": "neg, pos", "text": "text", "label": "label"}
     (place.folder / "states" / "1").mkdir(parents=True, exist_ok=True)
     (place.folder / "states" / "1" / SECRET).write_text("0")  # four rows are held out
     return load_node(flat, own | limits)
@@ -286,10 +290,63 @@ def test_labels_of_the_nodes_own_tell_no_server_whether_one_is_there(place: Plac
     """Left out of `data.labels`, one that a single row has would end the start."""
     (place.folder / "own.csv").unlink(missing_ok=True)
     rows, labels = toy_rows(40), {"labels": "neg, pos, odd"}
-    with pytest.raises(PublicError, match="the run's labels are neg, pos, here neg, pos, odd"):
+    with pytest.raises(PublicError, match="the run's labels, neg, pos, are not those of") as error:
         probed(place, rows, labels)
+    assert "odd" not in str(error.value)
     told = probed(place, [*rows, ("so warm", "odd")], labels, data__labels=["neg", "pos", "odd"])
     assert told.all_rows == 41
+
+
+@pytest.mark.parametrize(
+    ("said", "known"),
+    [
+        ("neg, pos", ["neg", "pos"]),
+        (" neg,pos ", ["neg", "pos"]),
+        ('["fever, acute", " odd "]', ["fever, acute", " odd "]),
+    ],
+)
+def test_labels_are_a_list_with_commas_or_of_json(said: str, known: list[str]) -> None:
+    assert own_labels({"labels": said}) == known
+
+
+def test_labels_that_are_no_list_are_refused() -> None:
+    with pytest.raises(ValueError, match="labels = '\\[neg, pos\\]' is no JSON list"):
+        own_labels({"labels": "[neg, pos]"})
+
+
+@pytest.mark.parametrize("key", ["state", "model", "label"])
+@pytest.mark.parametrize("said", ["", "  "])
+def test_what_is_empty_does_not_stand_for_the_nodes_own(place: Place, key: str, said: str) -> None:
+    """`state="$STATE"` without the variable: the ledger would lie where the server says."""
+    with pytest.raises(ValueError, match=f"node config {key} is empty"):
+        limited(place, {}, epsilon=8, **{key: said})
+
+
+@pytest.mark.parametrize("key", ["model", "text", "evaluate"])
+def test_what_goes_with_a_nodes_own_data_is_not_passed_over_without(place: Place, key: str) -> None:
+    """The model that would be trained is the server's."""
+    with pytest.raises(ValueError, match=f"node config {key} says nothing without data"):
+        load_node(place.config("run").flat(), {"partition-id": 0, key: "x"})
+
+
+@pytest.mark.parametrize(("limits", "alone"), [({"epsilon": 8}, True), ({}, False)])
+def test_rows_are_taken_alone_where_the_server_is_not_trusted(
+    place: Place, monkeypatch: pytest.MonkeyPatch, limits: dict[str, Any], alone: bool
+) -> None:
+    """It chooses the weights: large ones make of padding what counts, and one row moves others'
+    gradients (10 clips were measured with MiniLM and factors of deviation 1000).
+    """
+    asked: list[bool] = []
+
+    def spied(*args: Any, **named: Any) -> Any:
+        asked.append(named["alone"])
+        return make_fit(*args, **named)
+
+    monkeypatch.setattr(node, "make_fit", spied)
+    ready = limited(place, {}, **limits)
+    sent = flatten(ready.start, frozenset({"A", "B", "head"}))
+    node.train(ready, order(ready), RecordDict(packed(sent)))
+    assert asked == [alone]
 
 
 @pytest.mark.parametrize("switch", ["share-metrics", "trust-remote-code"])
@@ -356,12 +413,21 @@ def test_a_run_that_cannot_begin_sets_nothing_aside(place: Place) -> None:
     assert not list(place.folder.rglob("*.ledger"))
 
 
-@pytest.mark.parametrize("missing", ["name", "data", "state", "model"])
-def test_a_limit_on_epsilon_needs_all_that_names_its_ledgers(place: Place, missing: str) -> None:
-    """Clients x1, x2, ... of the server's config were each given all of epsilon."""
+BOUND = ["name", "data", "state", "model", "labels", "text", "label"]
+
+
+@pytest.mark.parametrize("missing", BOUND)
+def test_a_limit_on_epsilon_needs_all_that_a_server_must_not_choose(
+    place: Place, missing: str
+) -> None:
+    """Clients x1, x2, ... of the server's config were each given all of epsilon; a label or column
+    of its choice fails at a single row.
+    """
     own = {"name": "1", "data": str(place.train), "state": str(place.folder), "partition-id": 0}
-    own["model"] = str(place.base)
+    own |= {"model": str(place.base), "labels": "neg,pos", "text": "text", "label": "label"}
     del own[missing]
+    if missing == "data":  # else these say nothing, which is refused before
+        own = {key: own[key] for key in ("name", "state", "labels", "partition-id")}
     with pytest.raises(ValueError, match=f"a limit on epsilon needs {missing} in the node config"):
         load_node(place.config("run", **PRIVATE).flat(), own | {"epsilon": 8})
 

@@ -163,6 +163,7 @@ def test_the_card_of_a_dealt_run_says_that_its_clients_are_made(place: Place) ->
     files = {"a": str(place.train), "b": str(write_csv(place.folder / "b.csv", toy_rows(20)))}
     own = {"data__train": "", "data__clients": files, "data__labels": list(LABELS)}
     assert "simulated split" in card_of(started_as(place, "dealt", **PRIVATE))
+    assert "simulated split" not in card_of(started_as(place, "trusted", **TRUSTED))
     assert "simulated split" not in card_of(started_as(place, "files", **PRIVATE, **own))
 
 

@@ -33,6 +33,7 @@ from fedlora.sweep_report.findings import (
 )
 from fedlora.sweep_report.markdown import plain_text
 from fedlora.sweep_report.page import html_page
+from fedlora.sweep_report.privacy import usual_range
 from fedlora.sweep_report.results import exactness_picture, tried_scores
 from fedlora.sweep_report.rounds import accuracy_picture
 from fedlora.sweep_report.sheets import draw_sheet
@@ -405,6 +406,20 @@ def test_a_method_that_fails_does_not_press_the_others_together(tmp_path):
     page = html_page(replace(report, sections=[section]))
     assert 'class="panels columns-2"' in page.partition('<figure id="privacy">')[2]
     assert ".columns-2 {" in page
+
+
+@pytest.mark.parametrize(
+    ("levels", "usual"),
+    [
+        ([[0.76, 0.75, 0.63], [0.74, 0.73, 0.75]], (0.73, 0.76)),
+        ([[0.90, 0.91, 0.92], [0.70, 0.71, 0.72], [0.71, 0.71, 0.72]], (0.70, 0.92)),  # by level
+        ([[0.5, 0.6, 0.7, 0.8, 0.9, 1.0]], (0.5, 1.0)),  # nothing is the rule, nothing is far
+        ([[0.7, math.nan], []], (0.7, 0.7)),
+        ([[math.nan]], (-math.inf, math.inf)),
+    ],
+)
+def test_what_is_far_is_so_from_the_methods_beside_it(levels, usual):
+    assert usual_range(levels) == usual
 
 
 def test_without_epsilons_to_compare_there_is_no_privacy_section(known):

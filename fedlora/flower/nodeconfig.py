@@ -5,6 +5,7 @@ What the server may ask for is bounded by it, and looked at before a row or a mo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +24,26 @@ OWN = (  # of a node with a file of its own
 CODE = "trust-remote-code"  # a limit of a node with data of its own, none unless it says so
 SWITCHES = (CODE, "share-metrics")
 KEYS = ("partition-id", "num-partitions", "state", "labels", CODE, *OWN, *LIMITS)
-BOUND = ("name", "data", "state", "model")  # what no server may choose under a limit on epsilon
+FILES = tuple(key for key in OWN if key != "name")  # say nothing without `data`
+LEDGER = ("name", "data", "state")  # a server that chooses them begins a new ledger when it likes
+BOUND = (*LEDGER, "model", "labels", "text", "label")  # nor these, under a limit on epsilon
 
 
 def check_keys(node_config: Mapping[str, Any]) -> None:
-    """ValueError for a key that is not known, or no yes or no where one is meant."""
+    """ValueError for a key that is not known or says nothing, or no yes or no where one is meant.
+
+    What is empty, of a variable that is not set, would leave to the server what the node meant to
+    have as its own.
+    """
     if odd := sorted(set(node_config) - set(KEYS)):
         raise ValueError(f"node config {odd[0]!r} is not known; known are {', '.join(KEYS)}")
+    if empty := sorted(key for key, value in node_config.items() if not str(value).strip()):
+        raise ValueError(f"node config {empty[0]} is empty: give it a value, or leave it out")
+    if "data" not in node_config and (idle := sorted(set(FILES) & set(node_config))):
+        raise ValueError(
+            f"node config {idle[0]} says nothing without data: the run's own data and model are "
+            'taken, unless there is name="NAME" data="FILE"'
+        )
     for key in SWITCHES:
         if not isinstance(value := node_config.get(key, False), bool):
             raise ValueError(f"node config {key} = {value!r} must be true or false, without quotes")
@@ -44,18 +58,19 @@ def check_asked(config: Config, node_config: Mapping[str, Any]) -> None:
     missing = [key for key in BOUND if key not in node_config]
     if "epsilon" in node_config and missing:
         raise ValueError(
-            f"a limit on epsilon needs {missing[0]} in the node config as well: "
+            f"a limit on epsilon needs {missing[0]} in the node config as well: a server that "
+            "chooses it "
             + (
-                "a tokenizer of the server's choice can fail at one text, which tells that it is "
-                "there; name a copy of the base model that you trust"
-                if missing[0] == "model"
-                else "a server that chooses it begins a new ledger when it likes"
+                "begins a new ledger when it likes"
+                if missing[0] in LEDGER
+                else "can choose it so that the start fails at one row alone, which tells that it "
+                "is there"
             )
         )
-    labels = [label.strip() for label in str(node_config.get("labels", "")).split(",")]
-    if "labels" in node_config and labels != list(config.data.labels):
+    if "labels" in node_config and own_labels(node_config) != list(config.data.labels):
         raise PublicError(
-            f"the run's labels are {', '.join(config.data.labels)}, here {', '.join(labels)}"
+            f"the run's labels, {', '.join(config.data.labels)}, are not those of this node's "
+            "config, or in another order"
         )
     own = set(OWN) & set(node_config)
     if own and config.model.trust_remote_code and not node_config.get(CODE):
@@ -73,6 +88,17 @@ def check_asked(config: Config, node_config: Mapping[str, Any]) -> None:
             'a node with a privacy budget needs state="FOLDER" in its node config: its ledger must '
             "not lie where the server says"
         )
+
+
+def own_labels(node_config: Mapping[str, Any]) -> list[str]:
+    """The labels that a node names, in order: `one, two`, or where they have commas a JSON list."""
+    text = str(node_config["labels"]).strip()
+    if not text.startswith("["):
+        return [label.strip() for label in text.split(",")]
+    try:
+        return [str(label) for label in json.loads(text)]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"node config labels = {text!r} is no JSON list: {error}") from error
 
 
 def client_name(names: list[str], node_config: Mapping[str, Any]) -> str:

@@ -181,7 +181,7 @@ def _not_covered(config: Mapping[str, Any]) -> list[str]:
     privacy, found = config["privacy"], list(OPEN[config["privacy"]["unit"]])
     if privacy["unit"] == "example" and privacy["share_metrics"]:
         found.append(SHARED)
-    if _is_dealt(config):
+    if privacy["unit"] == "example" and _is_dealt(config):
         found.append(DEALT)
     return found
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
-
-import numpy as np
+from statistics import median_high
 
 from fedlora.canvas import Axes
 from fedlora.privacy.ledger import LEDGERS, opened_ledgers, read_ledger
@@ -22,8 +20,7 @@ from fedlora.sweep_report.tables import with_half
 NONE = math.inf  # the epsilon of a run without privacy
 EPSILON = ("privacy.unit", "privacy.epsilon")
 WIDTH = 0.5  # how far apart the methods of one epsilon stand, in steps of the axis
-FAR = 3.0  # interquartile ranges: a mean beyond them would press the others together ...
-FAR_AT_LEAST = 0.05  # ... if it is as far away as this
+FAR = 0.1  # of accuracy: a mean so far from the others' would press them together
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,16 +105,16 @@ def _picture(groups: Mapping[tuple[str, ...], Sequence[Level]]) -> Picture:
         "Left of each pair: final accuracy on the shared evaluation set, means over seeds with "
         "95 % intervals, methods side by side at each epsilon. Right: the noise multiplier "
         "(deviation over the clip, per step) that the budget takes, the largest of all clients and "
-        f"runs. A mean over {FAR:g} interquartile ranges off the others' is written at the edge."
+        f"runs. A mean over {100 * FAR:g} points off the middle one of its epsilon is at the edge, "
+        "in figures."
     )
     look = [(name, style | {"linestyle": ""}) for name, style in legend_of(arms)]
     return Picture("privacy", "Accuracy against epsilon", caption, panels, look, columns=2)
 
 
 def _draw_accuracy(ax: Axes, levels: Sequence[Level]) -> None:
-    arms, means = _arms(levels), [final(arm).mean for one in levels for arm in one.case.there]
-    means = [mean for mean in means if math.isfinite(mean)]
-    near, ends = near_by(means or [0.0]), list[float]()
+    arms, ends = _arms(levels), list[float]()
+    usual = usual_range([[final(arm).mean for arm in one.case.there] for one in levels])
     for index, arm in enumerate(arms):
         aside = (index - (len(arms) - 1) / 2) * WIDTH / max(len(arms), 1)
         look = arm_style(arm) | {"linestyle": ""}
@@ -126,8 +123,9 @@ def _draw_accuracy(ax: Axes, levels: Sequence[Level]) -> None:
             own = level.case.arm(arm.method)
             if own is None or not math.isfinite((found := final(own)).mean):
                 continue
-            if not near(found.mean):
-                _note_far(ax, place + aside, found.mean, found.mean > median(means), look["color"])
+            if not usual[0] <= found.mean <= usual[1]:
+                above = found.mean > usual[1]
+                _note_far(ax, place + aside, found.mean, above, look["color"])
                 continue
             half = found.half if math.isfinite(found.half) else 0.0
             ends += [found.mean - half, found.mean + half]
@@ -139,14 +137,16 @@ def _draw_accuracy(ax: Axes, levels: Sequence[Level]) -> None:
     percent_axis(ax)
 
 
-def near_by(values: Sequence[float]) -> Callable[[float], bool]:
-    """Whether a value lies within `FAR` interquartile ranges of the middle half of `values`.
-
-    At least one of them has to be a number.
+def usual_range(levels: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """From the lowest to the highest of the means of methods at some levels, but for those that are
+    far from the others at their own level: `FAR` from its median, and fewer than half of them.
     """
-    low, high = np.quantile(values, [0.25, 0.75])
-    reach = max(FAR * (high - low), FAR_AT_LEAST)
-    return lambda value: bool(low - reach <= value <= high + reach)
+    kept = list[float]()
+    for means in levels:
+        known = [mean for mean in means if math.isfinite(mean)]
+        near = [mean for mean in known if abs(mean - median_high(known)) <= FAR]
+        kept += near if 2 * len(near) >= len(known) else known
+    return min(kept, default=-math.inf), max(kept, default=math.inf)
 
 
 def _note_far(ax: Axes, x: float, mean: float, above: bool, color: str) -> None:
