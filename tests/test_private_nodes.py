@@ -451,10 +451,12 @@ def test_a_budget_needs_a_place_of_the_nodes_own(place: Place) -> None:
 def test_a_node_with_its_own_rows_sends_no_scores_on_them(place: Place) -> None:
     flat = place.config("run", **PRIVATE).flat()
     flat |= {"flower.clients": '["a", "b"]', "data.labels": '["neg", "pos"]', "data.train": ""}
-    nodes = [
+    nodes: list[dict[str, Any]] = [
         {"name": name, "data": str(place.train), "state": str(place.folder / "states")}
         for name in ("a", "b")
     ]
+    own = {"model": str(place.base), "labels": "neg,pos", "text": "text", "label": "label"}
+    nodes[1] |= {"epsilon": 8, **own}  # a limit is kept by the same run
     folder = serve(LocalGrid(client, flat, nodes), flat)
     for found in records(folder)[-1]["clients"].values():
         assert found["evaluation"] is None
