@@ -27,6 +27,7 @@ from fedlora.rundir import (
     stacked,
 )
 
+LEVEL = 0.01  # nats: a loss that moves by less is drawn as level as it is
 MANY = 8  # more clients than this are drawn as a faint bundle with its median
 LEGEND = {"frameon": False, "fontsize": 9.5, "handlelength": 2.6, "handletextpad": 0.6}
 SETTING = {
@@ -193,8 +194,12 @@ def _draw_loss(ax: Axes, run: Run, x: Array, rolling: int) -> None:
     both = np.isfinite(train) & np.isfinite(evaluation)
     low, high = smoothed(x, train, rolling)[both], smoothed(x, evaluation, rolling)[both]
     ax.fill_between(x[both], low, high, color=GREY, alpha=0.15, linewidth=0)
-    _draw(ax, x, train[None], line_style(1) | {"label": "training"}, rolling)
+    if np.isfinite(train).any():  # private runs tell none
+        _draw(ax, x, train[None], line_style(1) | {"label": "training"}, rolling)
     _draw(ax, x, evaluation[None], line_style(0) | {"label": "evaluation"}, rolling)
+    bottom, top = ax.get_ylim()
+    room = max(0.0, LEVEL - (top - bottom)) / 2
+    ax.set_ylim(bottom - room, top + room)
     _legend_above(ax)
     caption = f"gap in the last round {run.gap:+.3f}" if math.isfinite(run.gap) else ""
     _title(ax, "Loss", caption, 23)

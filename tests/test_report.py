@@ -151,6 +151,19 @@ def test_rounds_that_were_not_evaluated_are_bridged(tmp_path):
     assert line_of(loss, "evaluation").get_xdata().tolist() == [0, 3]
 
 
+def test_a_loss_that_hardly_moves_is_drawn_level_and_one_that_nobody_told_not_at_all(tmp_path):
+    lines = log()
+    for line in lines:
+        line["global"]["loss"] = 0.69315 - 1e-5 * line["round"]
+        for client in line["clients"].values():
+            client["train_loss"] = None
+    loss = draw_run(read_run(make_run(tmp_path / "a", lines))).axes[1]
+    low, high = loss.get_ylim()
+    assert high - low == pytest.approx(0.01)
+    assert low < 0.69312 < 0.69315 < high
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["evaluation"]
+
+
 def test_a_run_that_was_never_evaluated_is_drawn_and_tabled(tmp_path):
     path = make_run(tmp_path / "a", log([None] * 4, {"0": [None] * 3}, error=None))
     write_report([path])
