@@ -24,10 +24,10 @@ from fedlora.config import Config
 from fedlora.data import Data, Examples
 from fedlora.errors import PublicError
 from fedlora.evaluate import Scores, autocast, evaluate
-from fedlora.model import Model, longest_input, read_adapter, train_only, write_adapter
+from fedlora.model import Model, read_adapter, train_only, write_adapter
 from fedlora.moments import moments, restore, transported
 from fedlora.partition import Rows
-from fedlora.privacy.apart import check_rows_apart, made_up
+from fedlora.privacy.apart import check_rows_apart
 from fedlora.privacy.example import Budgets, planned_round
 from fedlora.privacy.plan import hides_evaluation
 from fedlora.rules import Plan
@@ -261,8 +261,8 @@ def _gradients(
         def noised() -> list[Tensor]:
             drawn = poisson_batch(rows, mechanism.sampling)
             drawn = drawn[data.train.lengths[drawn].argsort(kind="stable")]
-            cuts = range(private.piece, len(drawn), private.piece)
-            found = [backward(data.train, part) for part in np.split(drawn, cuts) if part.size]
+            starts = range(0, len(drawn), private.piece)
+            found = [backward(data.train, drawn[at : at + private.piece]) for at in starts]
             steps.finish()
             return [torch.cat(found).mean()] if found else []
 
@@ -298,8 +298,7 @@ def _private(model: Model, config: Config, ledgers: Path | None, alone: bool) ->
         return None
     if ledgers is None:
         raise ValueError("example-level privacy needs a folder for the clients' ledgers")
-    check_rows_apart(model, config.data.max_length)
-    trial = made_up(model.tokenizer, min(config.data.max_length, longest_input(model)))
+    trial = check_rows_apart(model, config.data.max_length)
     return _Private(Budgets(config, ledgers), 1 if alone else PIECE, trial)
 
 

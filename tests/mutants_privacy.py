@@ -84,7 +84,8 @@ MUTANTS = [mutants.Mutant(*entry[:5], tuple(entry[5].split())) for entry in [
      "rounding is taken for mixing, or hides it", "apart"),
     ("no-long-row", "privacy/apart.py", "max(1, max_length // 2), max_length}", "3}",
      "rows of like length need no padding", "apart"),
-    ("apart-not-asked", "client.py", "check_rows_apart(model, config.data.max_length)", "pass",
+    ("apart-not-asked", "client.py", "trial = check_rows_apart(model, config.data.max_length)",
+     "from fedlora.privacy.apart import made_up\n    trial = made_up(model.tokenizer, 8)",
      "a whole private run of a model that mixes rows", "apart"),
     # ------------------------------------------------------------ who is protected
     ("split-of-the-whole-file", "data.py", 'if config.privacy.unit != "example":', "if True:",

@@ -145,12 +145,17 @@ def order(ready: Any, name: str = ORDER_RUN) -> Order:
     return Order(name, 1, "1", Plan(*[frozenset({"A", "B", "head"})] * 3), ready.loaded.base, "id")
 
 
+def named_too(place: Place) -> dict[str, Any]:
+    """What a node under a limit on epsilon names beside name, data and state."""
+    return {"model": str(place.base), "labels": "neg, pos", "text": "text", "label": "label"}
+
+
 def limited(place: Place, settings: dict[str, Any], name: str = "run", **limits: Any) -> Any:
     """A node with a file and limits of its own, in a run of this name."""
     flat = place.config(name, **{**PRIVATE, "data__labels": ["neg", "pos"], **settings}).flat()
     file = write_csv(place.folder / "own.csv", toy_rows(16))
     own = {"name": "1", "data": str(file), "state": str(place.folder / "states")}
-    own |= {"model": str(place.base), "labels": "neg, pos", "text": "text", "label": "label"}
+    own |= named_too(place)
     (place.folder / "states" / "1").mkdir(parents=True, exist_ok=True)
     (place.folder / "states" / "1" / SECRET).write_text("0")  # four rows are held out
     return load_node(flat, own | limits)
@@ -424,7 +429,7 @@ def test_a_limit_on_epsilon_needs_all_that_a_server_must_not_choose(
     of its choice fails at a single row.
     """
     own = {"name": "1", "data": str(place.train), "state": str(place.folder), "partition-id": 0}
-    own |= {"model": str(place.base), "labels": "neg,pos", "text": "text", "label": "label"}
+    own |= named_too(place)
     del own[missing]
     if missing == "data":  # else these say nothing, which is refused before
         own = {key: own[key] for key in ("name", "state", "labels", "partition-id")}
@@ -455,8 +460,7 @@ def test_a_node_with_its_own_rows_sends_no_scores_on_them(place: Place) -> None:
         {"name": name, "data": str(place.train), "state": str(place.folder / "states")}
         for name in ("a", "b")
     ]
-    own = {"model": str(place.base), "labels": "neg,pos", "text": "text", "label": "label"}
-    nodes[1] |= {"epsilon": 8, **own}  # a limit is kept by the same run
+    nodes[1] |= {"epsilon": 8, **named_too(place)}  # a limit is kept by the same run
     folder = serve(LocalGrid(client, flat, nodes), flat)
     for found in records(folder)[-1]["clients"].values():
         assert found["evaluation"] is None

@@ -11,6 +11,7 @@ from typing import Any
 from fedlora.adapter import PARTS
 from fedlora.files import locked
 from fedlora.flower.node import WAIT, Node, ledger_folder
+from fedlora.flower.nodeconfig import listed
 from fedlora.flower.wire import Order
 from fedlora.privacy.example import planned_round, terms
 from fedlora.privacy.ledger import (
@@ -62,7 +63,7 @@ def refusal(node: Node, order: Order) -> tuple[str, str] | None:
         return "base", f"base model {node.loaded.base} is not the {limits['base']} allowed here"
     if "max-rounds" in limits and order.round > int(limits["max-rounds"]):
         return "rounds", f"round {order.round} is beyond the {limits['max-rounds']} allowed here"
-    allowed = [name.strip() for name in str(limits.get("rules", rule)).split(",")]
+    allowed = listed(limits.get("rules", rule))
     if rule not in allowed:
         return "rule", f"rule {rule!r} is not one of {', '.join(allowed)} allowed here"
     if node.examples < int(limits.get("min-examples", 0)):
@@ -81,7 +82,7 @@ def _may_leave(limits: Mapping[str, Any]) -> frozenset[str]:
     """
     if "shares" not in limits:
         return PARTS
-    named = frozenset(name.strip() for name in str(limits["shares"]).split(","))
+    named = frozenset(listed(limits["shares"]))
     if odd := named - PARTS:
         raise ValueError(
             f"node config shares = {limits['shares']!r}: {min(odd)!r} is no part of "

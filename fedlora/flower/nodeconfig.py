@@ -94,11 +94,16 @@ def own_labels(node_config: Mapping[str, Any]) -> list[str]:
     """The labels that a node names, in order: `one, two`, or where they have commas a JSON list."""
     text = str(node_config["labels"]).strip()
     if not text.startswith("["):
-        return [label.strip() for label in text.split(",")]
+        return listed(text)
     try:
         return [str(label) for label in json.loads(text)]
     except json.JSONDecodeError as error:
         raise ValueError(f"node config labels = {text!r} is no JSON list: {error}") from error
+
+
+def listed(value: Any) -> list[str]:
+    """What `one, two` names."""
+    return [name.strip() for name in str(value).split(",")]
 
 
 def client_name(names: list[str], node_config: Mapping[str, Any]) -> str:

@@ -28,11 +28,12 @@ SLACK = 1e-4  # of the largest score: a hundred times what float32 leaves, and l
 NARROW = (torch.bfloat16, torch.float16)
 
 
-def check_rows_apart(model: Model, max_length: int) -> None:
+def check_rows_apart(model: Model, max_length: int) -> Examples:
     """ValueError, with the reason, for a model in which a row's scores depend on its batch.
 
     Made-up rows of up to `max_length` tokens are scored alone and in one batch, with a made-up
     head, in evaluation mode and float32; no client's row is read, and the model stays as it was.
+    Returns these rows, the longest last.
     """
     kind = model.network.base_model.model.config.model_type
     for name, module in model.network.named_modules():
@@ -45,7 +46,8 @@ def check_rows_apart(model: Model, max_length: int) -> None:
             )
     longest = min(max_length, longest_input(model))
     try:
-        moved = rows_move(model, made_up(model.tokenizer, longest))
+        rows = made_up(model.tokenizer, longest)
+        moved = rows_move(model, rows)
     except Exception as error:
         if is_memory(error):
             raise
@@ -63,6 +65,7 @@ def check_rows_apart(model: Model, max_length: int) -> None:
             "gradients of others, and no epsilon would hold; take one that does (BERT, RoBERTa, "
             "GPT-2, Llama), or train without privacy"
         )
+    return rows
 
 
 def made_up(tokenizer: Any, max_length: int) -> Examples:
